@@ -1,0 +1,239 @@
+// The only file that knows Python: converts, releases the GIL, calls, converts back.
+//
+// An operation's memory belongs to a Python object, which must live until the operation has ended and must be let go of
+// with the GIL held and no native lock taken. So each Handle keeps those objects in a list that only its own
+// Python-side calls touch; worker threads never see Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <deque>
+#include <system_error>
+
+#include "aio_handle.h"
+#include "locked_memory.h"
+
+namespace py = pybind11;
+using namespace offload_opt;
+
+namespace {
+
+// How long a wait keeps Ctrl-C waiting.
+constexpr std::chrono::milliseconds kSignalInterval{100};
+
+// Calls `poll` without the GIL until it returns true; lets Python's signal handlers run in between.
+template <typename Poll>
+void wait_interruptibly(Poll poll) {
+  while (true) {
+    {
+      py::gil_scoped_release release;
+      if (poll()) return;
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+class PyHandle;
+
+struct PyOperation {
+  std::shared_ptr<AioHandle> handle;
+  OperationPtr operation;
+  py::object buffer;  // keeps the memory alive as long as the future
+
+  bool done() const { return ended(*operation); }
+  std::uint64_t wait() {
+    wait_interruptibly([&] { return handle->wait_for(*operation, kSignalInterval); });
+    return handle->result(*operation);
+  }
+};
+
+class PyHandle {
+ public:
+  PyHandle(const HandleConfig& config, const std::string& engine) {
+    for (const EngineEntry* entry : engine_table()) {
+      if (engine == entry->name) handle_ = std::make_shared<AioHandle>(config, entry->make);
+    }
+    if (!handle_) throw std::invalid_argument("no engine is called '" + engine + "'");
+  }
+
+  ~PyHandle() { close(); }
+
+  PyOperation submit(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
+                     std::uint64_t offset, bool validate, py::object buffer, const std::vector<PyOperation*>& after) {
+    TransferSpec spec = make_spec(write, data, length, path, fd, offset, validate);
+    for (const PyOperation* before : after) {
+      if (before->handle != handle_) throw std::invalid_argument("after: an operation of another handle");
+      spec.after.push_back(before->operation);
+    }
+    let_go_of_ended();
+    OperationPtr operation;
+    {
+      py::gil_scoped_release release;
+      operation = handle_->submit(std::move(spec));
+    }
+    buffers_.emplace_back(operation, buffer);
+    return {handle_, std::move(operation), std::move(buffer)};
+  }
+
+  std::uint64_t run_on_workers(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
+                               std::uint64_t offset, bool validate, py::object buffer) {
+    TransferSpec spec = make_spec(write, data, length, path, fd, offset, validate);
+    spec.counted = false;
+    let_go_of_ended();
+    OperationPtr operation;
+    {
+      py::gil_scoped_release release;
+      operation = handle_->submit(std::move(spec));
+    }
+    // Ctrl-C may leave the wait below while the operation goes on.
+    buffers_.emplace_back(operation, std::move(buffer));
+    wait_interruptibly([&] { return handle_->wait_for(*operation, kSignalInterval); });
+    return handle_->result(*operation);
+  }
+
+  std::uint64_t run_here(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
+                         std::uint64_t offset, bool validate) {
+    TransferSpec spec = make_spec(write, data, length, path, fd, offset, validate);
+    py::gil_scoped_release release;
+    return handle_->run(std::move(spec));
+  }
+
+  std::uint64_t wait() {
+    wait_interruptibly([&] { return handle_->wait_for_all(kSignalInterval); });
+    let_go_of_ended();
+    return handle_->finish_all();
+  }
+
+  void close() {
+    {
+      py::gil_scoped_release release;
+      handle_->close();
+    }
+    let_go_of_ended();
+  }
+
+ private:
+  static TransferSpec make_spec(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
+                                std::uint64_t offset, bool validate) {
+    TransferSpec spec{};
+    spec.direction = write ? Direction::kWrite : Direction::kRead;
+    spec.data = reinterpret_cast<void*>(data);
+    spec.length = length;
+    spec.offset = offset;
+    spec.path = path;
+    spec.fd = fd;
+    spec.validate = validate;
+    return spec;
+  }
+
+  // Operations end nearly in the order of their submission, so looking at the front is enough.
+  void let_go_of_ended() {
+    while (!buffers_.empty() && ended(*buffers_.front().first)) {
+      const auto last = std::move(buffers_.front());  // its object may run Python code: out of the list first
+      buffers_.pop_front();
+    }
+  }
+
+  std::shared_ptr<AioHandle> handle_;
+  std::deque<std::pair<OperationPtr, py::object>> buffers_;
+};
+
+// Memory that Python sees through the buffer protocol. `on_free(address)` is called just before it is unmapped: a
+// driver that has registered the memory must forget it first.
+struct PyLockedMemory {
+  PyLockedMemory(std::size_t size, py::object on_free_call) : memory(size), on_free(std::move(on_free_call)) {}
+  ~PyLockedMemory() {
+    if (on_free.is_none() || Py_IsInitialized() == 0) return;
+    try {
+      on_free(reinterpret_cast<std::uintptr_t>(memory.data()));
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("LockedMemory");
+    }
+  }
+  LockedMemory memory;
+  py::object on_free;
+};
+
+std::pair<std::uintptr_t, std::uint64_t> buffer_address(const py::buffer& buffer, bool writable) {
+  Py_buffer view;
+  const int flags = PyBUF_ANY_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+  if (PyObject_GetBuffer(buffer.ptr(), &view, flags) != 0) throw py::error_already_set();
+  const std::pair<std::uintptr_t, std::uint64_t> result{reinterpret_cast<std::uintptr_t>(view.buf),
+                                                        static_cast<std::uint64_t>(view.len)};
+  PyBuffer_Release(&view);
+  return result;
+}
+
+py::list engines() {
+  py::list rows;
+  for (const EngineEntry* entry : engine_table()) {
+    std::string why_not;
+    const bool works = entry->available(why_not);
+    rows.append(py::make_tuple(entry->name, works, why_not));
+  }
+  return rows;
+}
+
+void raise_os_error(int error, const char* message, const std::string& path) {
+  const py::str text(message);
+  py::object name = py::none();
+  if (!path.empty()) {
+    name = py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+  }
+  PyErr_SetObject(PyExc_OSError, py::make_tuple(error, text, name).ptr());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The native core of offload_opt. Use offload_opt.AioHandle, its Python face.";
+
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const IoError& error) {
+      raise_os_error(error.error, error.what(), error.path);
+    } catch (const std::system_error& error) {
+      raise_os_error(error.code().value(), error.what(), "");
+    }
+  });
+
+  py::class_<PyOperation>(module, "Operation")
+      .def("wait", &PyOperation::wait)
+      .def_property_readonly("done", &PyOperation::done);
+
+  py::class_<PyHandle>(module, "Handle")
+      .def(py::init([](std::uint64_t block_size, unsigned queue_depth, bool single_submit, bool overlap_events,
+                       unsigned num_threads, const std::string& engine) {
+             return std::make_unique<PyHandle>(
+                 HandleConfig{block_size, queue_depth, single_submit, overlap_events, num_threads}, engine);
+           }),
+           py::arg("block_size"), py::arg("queue_depth"), py::arg("single_submit"), py::arg("overlap_events"),
+           py::arg("num_threads"), py::arg("engine"))
+      .def("submit", &PyHandle::submit, py::arg("write"), py::arg("data"), py::arg("length"), py::arg("path"),
+           py::arg("fd"), py::arg("offset"), py::arg("validate"), py::arg("buffer"), py::arg("after"))
+      .def("run_on_workers", &PyHandle::run_on_workers, py::arg("write"), py::arg("data"), py::arg("length"),
+           py::arg("path"), py::arg("fd"), py::arg("offset"), py::arg("validate"), py::arg("buffer"))
+      .def("run_here", &PyHandle::run_here, py::arg("write"), py::arg("data"), py::arg("length"), py::arg("path"),
+           py::arg("fd"), py::arg("offset"), py::arg("validate"))
+      .def("wait", &PyHandle::wait)
+      .def("close", &PyHandle::close);
+
+  py::class_<PyLockedMemory>(module, "LockedMemory", py::buffer_protocol())
+      .def(py::init<std::size_t, py::object>(), py::arg("size"), py::arg("on_free") = py::none())
+      .def_buffer([](PyLockedMemory& self) {
+        return py::buffer_info(static_cast<std::uint8_t*>(self.memory.data()),
+                               static_cast<py::ssize_t>(self.memory.size()));
+      })
+      .def_property_readonly(
+          "address", [](const PyLockedMemory& self) { return reinterpret_cast<std::uintptr_t>(self.memory.data()); })
+      .def_property_readonly("size", [](const PyLockedMemory& self) { return self.memory.size(); })
+      .def_property_readonly("why_not_locked", [](const PyLockedMemory& self) { return self.memory.why_not_locked(); });
+
+  module.def("buffer_address", &buffer_address, py::arg("buffer"), py::arg("writable"));
+  module.def("engines", &engines);
+  module.def("page_size", &page_size);
+}

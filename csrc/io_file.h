@@ -1,0 +1,70 @@
+// An open file as an operation sees it: one descriptor past the page cache, one through it, and the alignment between
+// them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "io_engine.h"
+
+namespace offload_opt {
+
+// The one kind of error that the core raises for I/O. It becomes OSError(error, message, path) in Python.
+struct IoError : std::runtime_error {
+  IoError(int error, const std::string& message, std::string path);
+  int error;  // an errno
+  std::string path;
+};
+
+class IoFile {
+ public:
+  // Opens `path`, or another description of the open file `fd` when `path` is empty. The caller's `fd` is not kept: it
+  // may be closed at once. A file to be written is created where it is missing. Throws IoError.
+  static std::shared_ptr<IoFile> open(const std::string& path, int fd, Direction direction);
+  ~IoFile();
+  IoFile(const IoFile&) = delete;
+  IoFile& operator=(const IoFile&) = delete;
+
+  // The descriptor with O_DIRECT, or -1 where the file system has none.
+  int direct_fd() const { return direct_fd_; }
+  // The descriptor through the page cache; opened when first asked for. Throws IoError. Any thread.
+  int buffered_fd();
+  // Gives direct I/O up for this file: it was refused although it could be opened.
+  void forbid_direct() { direct_forbidden_ = true; }
+
+  // Whether [data, data + length) may go to `offset` past the page cache. Regions that go direct and regions that go
+  // through the page cache never share a page or a block: a dirty page would overwrite what direct I/O wrote beside it.
+  bool direct_allowed(const void* data, std::uint64_t offset) const {
+    return direct_fd_ >= 0 && !direct_forbidden_ && offset % granule_ == 0 &&
+           reinterpret_cast<std::uintptr_t>(data) % memory_alignment_ == 0;
+  }
+  std::uint64_t granule() const { return granule_; }
+
+  // Bytes in the file now; UINT64_MAX where the question makes no sense (a character device). Throws IoError.
+  std::uint64_t size() const;
+  const std::string& path() const { return path_; }
+
+ private:
+  IoFile() = default;
+  int reopen(int flags) const;
+  void find_alignment();
+
+  std::string path_;         // for messages; "<fd 7>" for a descriptor
+  std::string reopen_path_;  // opens the same file again
+  int access_ = 0;           // O_RDONLY, O_WRONLY or O_RDWR
+  int direct_fd_ = -1;
+  std::atomic<int> buffered_fd_{-1};
+  std::mutex open_mutex_;  // only one thread opens buffered_fd_
+  std::atomic<bool> direct_forbidden_{false};
+  std::uint64_t granule_ = 4096;
+  std::uint64_t memory_alignment_ = 4096;
+};
+
+// The granule of direct I/O that holds on ordinary file systems: the page size.
+std::uint64_t page_size();
+
+}  // namespace offload_opt

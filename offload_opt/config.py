@@ -1,0 +1,105 @@
+"""Settings: frozen, keyword-only dataclasses, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from typing import Any
+
+from .errors import ConfigError
+
+ENGINES = ("auto", "io_uring", "threads")
+"""Names that ``AioConfig.engine`` and ``AioHandle(engine=...)`` take."""
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}IB"] = 1024**_power
+
+
+def parse_bytes(value: int | str, name: str) -> int:
+    """Turn ``"2GiB"``, ``"500 MB"`` or a number into bytes. Raises ConfigError that names the setting ``name``."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match and match[2].upper() in _UNITS:
+            value = int(float(match[1]) * _UNITS[match[2].upper()])
+        else:
+            raise ConfigError(f'{name}={value!r} is not a size: write bytes, or for example "512MiB" or "2GiB"')
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a size in bytes or a string such as '2GiB', not {type(value).__name__}")
+    if value <= 0:
+        raise ConfigError(f"{name} must be positive, not {value}")
+    return value
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: ``"96.0 MiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AioConfig:
+    """How transfers are cut up and queued. The defaults suit an NVMe drive."""
+
+    block_size: int | str = "1MiB"
+    """Bytes of one request to the device."""
+    queue_depth: int = 32
+    """Requests in flight on one worker thread."""
+    single_submit: bool = False
+    """One request a system call."""
+    overlap_events: bool = True
+    """Refill the queue while completions arrive, instead of draining it first."""
+    num_threads: int = 1
+    """Worker threads, each with a queue of its own. They sleep while the device works."""
+    engine: str = "auto"
+    """``"io_uring"``, ``"threads"``, or ``"auto"`` for the first that works here; OFFLOAD_OPT_ENGINE overrides "auto"."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", parse_bytes(self.block_size, "aio.block_size"))
+        for name in ("queue_depth", "num_threads"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"aio.{name} must be a positive integer, not {value!r}")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"aio.engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """Everything about an offloaded optimizer but the optimizer."""
+
+    path: str | os.PathLike[str]
+    """A folder on the drive that is to hold the state. It must exist. Each rank keeps a folder of its own in it."""
+    host_memory: int | str = "2GiB"
+    """Bounds the page-locked host memory that optimizer state takes. More of it lets reads run further ahead."""
+    unit_size: int | str | None = None
+    """Bytes of state that are paged together. None chooses: an eighth of host_memory, at most 32 MiB."""
+    aio: AioConfig = dataclasses.field(default_factory=AioConfig)
+    """How transfers are cut up and queued."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, (str, os.PathLike)):
+            raise ConfigError(f"path must be a folder's path, not {type(self.path).__name__}")
+        object.__setattr__(self, "path", os.fspath(self.path))
+        object.__setattr__(self, "host_memory", parse_bytes(self.host_memory, "host_memory"))
+        if self.unit_size is not None:
+            object.__setattr__(self, "unit_size", parse_bytes(self.unit_size, "unit_size"))
+        if not isinstance(self.aio, AioConfig):
+            raise ConfigError(f"aio must be an AioConfig, not {type(self.aio).__name__}")
+
+    @classmethod
+    def build(cls, path: str | os.PathLike[str], **fields: Any) -> OffloadConfig:
+        """A config from keyword arguments. Raises ConfigError for an unknown name, and says which one is near it."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
+        return cls(path=path, **fields)

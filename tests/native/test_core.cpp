@@ -1,0 +1,345 @@
+// Drives the native core without Python, so that the sanitizers see all of it. `test_core [FOLDER] [SEED]`
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "aio_handle.h"
+#include "engine_fault.h"
+#include "locked_memory.h"
+
+using namespace offload_opt;
+namespace fs = std::filesystem;
+
+namespace {
+
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+#define CHECK(condition)                                                                                       \
+  do {                                                                                                         \
+    if (!(condition)) throw Failure(std::string(__FILE__) + ":" + std::to_string(__LINE__) + ": " #condition); \
+  } while (false)
+
+fs::path folder;
+std::uint64_t seed = 1;
+
+using Bytes = std::vector<char>;
+
+Bytes random_bytes(std::mt19937_64& random, std::size_t size) {
+  Bytes bytes(size);
+  bytes.reserve(1);  // data() is then never null, which memcpy() asks for
+  for (auto& byte : bytes) byte = static_cast<char>(random());
+  return bytes;
+}
+
+TransferSpec spec(Direction direction, void* data, std::uint64_t length, std::uint64_t offset, const fs::path& path) {
+  TransferSpec result{};
+  result.direction = direction;
+  result.data = data;
+  result.length = length;
+  result.offset = offset;
+  result.path = path.string();
+  return result;
+}
+
+std::uint64_t finish(AioHandle& handle, const OperationPtr& operation) {
+  while (!handle.wait_for(*operation, std::chrono::milliseconds(1000))) {
+  }
+  return handle.result(*operation);
+}
+
+template <typename Call>
+int error_of(Call call) {
+  try {
+    call();
+  } catch (const IoError& error) {
+    return error.error;
+  }
+  return 0;
+}
+
+// Random sizes, offsets and alignments through page-aligned memory, written, read back, and compared with a model.
+void round_trips(const EngineEntry& engine, const EngineFactory& factory, int rounds, const fs::path& path) {
+  std::mt19937_64 random(seed);
+  const auto pick = [&](std::uint64_t low, std::uint64_t high) {
+    return std::uniform_int_distribution<std::uint64_t>(low, high)(random);
+  };
+  (void)engine;
+  for (int round = 0; round < rounds; ++round) {
+    HandleConfig config;
+    config.block_size = pick(0, 1) ? 4096 * pick(1, 16) : pick(1, 40000);
+    config.queue_depth = static_cast<unsigned>(pick(1, 16));
+    config.num_threads = static_cast<unsigned>(pick(1, 4));
+    config.single_submit = pick(0, 1) == 1;
+    config.overlap_events = pick(0, 1) == 1;
+    AioHandle handle(config, factory);
+    fs::remove(path);
+    Bytes model(600'000);
+    LockedMemory memory(1 << 20);
+    char* const data = static_cast<char*>(memory.data());
+    for (int i = 0; i < 6; ++i) {
+      const std::uint64_t align = pick(0, 1) ? 4096 : 1;
+      const std::uint64_t offset = pick(0, 300'000) / align * align;
+      const std::uint64_t length = pick(0, 250'000) / align * align;
+      char* const from = data + pick(0, 1) * pick(0, 4096);
+      const Bytes bytes = random_bytes(random, length);
+      std::memcpy(from, bytes.data(), length);
+      std::memcpy(model.data() + offset, bytes.data(), length);
+      TransferSpec write = spec(Direction::kWrite, from, length, offset, path);
+      write.validate = pick(0, 3) == 0;
+      CHECK(finish(handle, handle.submit(write)) == length);
+      std::memset(from, 0x5a, length);
+      CHECK(finish(handle, handle.submit(spec(Direction::kRead, from, length, offset, path))) == length);
+      CHECK(std::memcmp(from, bytes.data(), length) == 0);
+      std::memset(from, 0x5a, length);
+      CHECK(handle.run(spec(Direction::kRead, from, length, offset, path)) == length);
+      CHECK(std::memcmp(from, bytes.data(), length) == 0);
+    }
+    const std::uint64_t size = fs::exists(path) ? fs::file_size(path) : 0;
+    if (size == 0) continue;
+    CHECK(finish(handle, handle.submit(spec(Direction::kRead, data, size, 0, path))) == size);
+    CHECK(std::memcmp(data, model.data(), size) == 0);
+    CHECK(handle.wait_for_all(std::chrono::milliseconds(0)));
+    CHECK(handle.finish_all() == 13);
+  }
+}
+
+void errors(const EngineEntry& engine) {
+  AioHandle handle({}, engine.make);
+  const fs::path path = folder / "errors";
+  char data[8192] = {};
+  CHECK(error_of([&] { handle.submit(spec(Direction::kRead, data, 1, 0, folder / "missing")); }) == ENOENT);
+  CHECK(handle.run(spec(Direction::kWrite, data, 5000, 0, path)) == 5000);
+  CHECK(error_of([&] { handle.submit(spec(Direction::kRead, data, 5001, 0, path)); }) == ENODATA);
+  CHECK(error_of([&] { handle.run(spec(Direction::kRead, data, 1, 5000, path)); }) == ENODATA);
+  CHECK(error_of([&] { handle.submit(spec(Direction::kRead, data, UINT64_MAX, 1, path)); }) == ENODATA);
+  TransferSpec by_descriptor = spec(Direction::kWrite, data, 1, 0, "");
+  by_descriptor.fd = 9999;
+  CHECK(error_of([&] { handle.submit(by_descriptor); }) == EBADF);
+  by_descriptor.fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  CHECK(error_of([&] { handle.submit(by_descriptor); }) == EBADF);
+  ::close(by_descriptor.fd);
+  CHECK(handle.finish_all() == 0);
+  handle.close();
+  handle.close();
+  bool refused = false;
+  try {
+    handle.submit(spec(Direction::kRead, data, 1, 0, path));
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  CHECK(refused);
+}
+
+// Operations that wait for others run in order; behind a failed one they are not started, and say so.
+void chains(const EngineEntry& engine) {
+  HandleConfig config;
+  config.block_size = 4096;
+  config.num_threads = 3;
+  AioHandle handle(config, engine.make);
+  const fs::path path = folder / "chain";
+  LockedMemory memory(64 * 4096);
+  char* const data = static_cast<char*>(memory.data());
+  Bytes out(64 * 4096);
+  OperationPtr last;
+  for (int i = 0; i < 50; ++i) {
+    std::vector<OperationPtr> after;
+    if (last) after.push_back(last);
+    // Each round writes what the round before it read, so an order that slips is a difference.
+    TransferSpec write = spec(Direction::kWrite, data, memory.size(), 0, path);
+    write.after = after;
+    const OperationPtr written = handle.submit(write);
+    TransferSpec read = spec(Direction::kRead, data, memory.size(), 0, path);
+    read.after = {written};
+    last = handle.submit(read);
+  }
+  CHECK(finish(handle, last) == memory.size());
+  CHECK(handle.wait_for_all(std::chrono::seconds(10)));
+  CHECK(handle.finish_all() == 100);
+
+  TransferSpec beyond = spec(Direction::kRead, data, 4096, memory.size(), path);
+  beyond.after = {last};  // checked only when it starts
+  const OperationPtr fails = handle.submit(beyond);
+  TransferSpec behind = spec(Direction::kWrite, out.data(), out.size(), 0, path);
+  behind.after = {fails};
+  const OperationPtr cancelled = handle.submit(behind);
+  CHECK(error_of([&] { finish(handle, cancelled); }) == ECANCELED);
+  CHECK(error_of([&] { handle.finish_all(); }) == ENODATA);
+  CHECK(handle.finish_all() == 0);
+}
+
+// Every fault ends in the right bytes or in an error.
+void faults(const EngineEntry& engine) {
+  FaultPlan plan;
+  plan.seed = seed;
+  plan.short_transfer = 0.3;
+  plan.interrupted = 0.1;
+  plan.again = 0.1;
+  const auto with_plan = [&](unsigned depth) {
+    ++plan.seed;
+    return make_fault_engine(engine.make(depth), plan);
+  };
+  round_trips(engine, with_plan, 15, folder / "faults");
+
+  plan.io_error = 0.004;
+  plan.no_space = 0.004;
+  HandleConfig config;
+  config.block_size = 4096;
+  config.num_threads = 2;
+  std::mt19937_64 random(seed);
+  LockedMemory memory(64 * 4096);
+  int right = 0;
+  int failed = 0;
+  for (int i = 0; i < 60; ++i) {
+    AioHandle handle(config, with_plan);
+    const Bytes bytes = random_bytes(random, memory.size() - 7);
+    std::memcpy(memory.data(), bytes.data(), bytes.size());
+    const fs::path path = folder / "faulty";
+    const int write_error =
+        error_of([&] { finish(handle, handle.submit(spec(Direction::kWrite, memory.data(), bytes.size(), 0, path))); });
+    std::memset(memory.data(), 0x5a, memory.size());
+    const int read_error = write_error != 0 ? 0 : error_of([&] {
+      finish(handle, handle.submit(spec(Direction::kRead, memory.data(), bytes.size(), 0, path)));
+    });
+    const int error = write_error != 0 ? write_error : read_error;
+    CHECK(error == 0 || error == EIO || error == ENOSPC);
+    if (error == 0) CHECK(std::memcmp(memory.data(), bytes.data(), bytes.size()) == 0);
+    ++(error == 0 ? right : failed);
+  }
+  CHECK(right > 0 && failed > 0);
+}
+
+void truncated_under_the_reader(const EngineEntry& engine) {
+  const fs::path path = folder / "truncated";
+  Bytes bytes(1 << 20);
+  HandleConfig config;
+  config.block_size = 4096;
+  config.queue_depth = 2;
+  AioHandle handle(config, engine.make);
+  for (int i = 0; i < 20; ++i) {
+    CHECK(handle.run(spec(Direction::kWrite, bytes.data(), bytes.size(), 0, path)) == bytes.size());
+    const OperationPtr reading = handle.submit(spec(Direction::kRead, bytes.data(), bytes.size(), 0, path));
+    fs::resize_file(path, 5000);
+    const int error = error_of([&] { CHECK(finish(handle, reading) == bytes.size()); });
+    CHECK(error == 0 || error == ENODATA);
+  }
+  const auto no_error_left = error_of([&] { handle.finish_all(); });
+  CHECK(no_error_left == 0);
+}
+
+void many_threads_on_one_handle(const EngineEntry& engine) {
+  HandleConfig config;
+  config.block_size = 4096;
+  config.num_threads = 2;
+  AioHandle handle(config, engine.make);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      const fs::path path = folder / ("shared-" + std::to_string(t));
+      std::mt19937_64 random(seed + static_cast<unsigned>(t));
+      for (int i = 0; i < 20; ++i) {
+        const Bytes bytes = random_bytes(random, 50'000);
+        Bytes back(bytes.size());
+        Bytes source = bytes;
+        const OperationPtr written = handle.submit(spec(Direction::kWrite, source.data(), source.size(), 0, path));
+        TransferSpec read = spec(Direction::kRead, back.data(), back.size(), 0, path);
+        read.after = {written};
+        finish(handle, handle.submit(read));
+        if (back != bytes) ++wrong;
+        if (handle.run(spec(Direction::kRead, back.data(), back.size(), 0, path)) != bytes.size()) ++wrong;
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK(wrong == 0);
+}
+
+void pending_work_at_the_end(const EngineEntry& engine) {
+  Bytes bytes(4 << 20, 'x');
+  const fs::path path = folder / "pending";
+  {
+    AioHandle handle({}, engine.make);
+    for (int i = 0; i < 4; ++i) {
+      handle.submit(spec(Direction::kWrite, bytes.data(), bytes.size(), static_cast<std::uint64_t>(i) << 22, path));
+    }
+  }
+  CHECK(fs::file_size(path) == 16u << 20);
+
+  AioHandle handle({}, engine.make);
+  const OperationPtr written = handle.submit(spec(Direction::kWrite, bytes.data(), bytes.size(), 0, path));
+  const pid_t child = ::fork();
+  if (child == 0) {
+    // The child has no workers: using the handle is an error there, closing it is not.
+    bool refused = false;
+    try {
+      handle.submit(spec(Direction::kRead, bytes.data(), 1, 0, path));
+    } catch (const std::runtime_error&) {
+      refused = true;
+    }
+    handle.close();
+    ::_exit(refused ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(::waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  CHECK(finish(handle, written) == bytes.size());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  folder = fs::path(argc > 1 ? argv[1] : ".") / ("offload_opt_core_" + std::to_string(::getpid()));
+  if (argc > 2) seed = std::strtoull(argv[2], nullptr, 10);
+  fs::create_directories(folder);
+  std::cout << "seed " << seed << ", files in " << folder << "\n";
+  struct Test {
+    const char* name;
+    std::function<void(const EngineEntry&)> run;
+  };
+  const std::vector<Test> tests = {
+      {"round_trips", [](const EngineEntry& e) { round_trips(e, e.make, 40, folder / "round"); }},
+      {"errors", errors},
+      {"chains", chains},
+      {"faults", faults},
+      {"truncated_under_the_reader", truncated_under_the_reader},
+      {"many_threads_on_one_handle", many_threads_on_one_handle},
+      {"pending_work_at_the_end", pending_work_at_the_end},
+  };
+  int passed = 0;
+  int failed = 0;
+  for (const EngineEntry* engine : engine_table()) {
+    std::string why_not;
+    if (!engine->available(why_not)) {
+      std::cout << engine->name << " is not available: " << why_not << "\n";
+      continue;
+    }
+    for (const Test& test : tests) {
+      try {
+        test.run(*engine);
+        ++passed;
+        std::cout << "ok    " << engine->name << " " << test.name << std::endl;
+      } catch (const std::exception& error) {
+        ++failed;
+        std::cout << "FAIL  " << engine->name << " " << test.name << ": " << error.what() << std::endl;
+      }
+    }
+  }
+  fs::remove_all(folder);
+  std::cout << passed << " passed, " << failed << " failed\n";
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
