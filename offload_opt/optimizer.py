@@ -1,0 +1,262 @@
+"""OffloadOptimizer: the torch.optim.Optimizer face of the package."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+
+from .aio import AioHandle
+from .config import OffloadConfig
+from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
+from .inner import InnerOptimizer, register
+from .pager import ParameterPager, parameters_of, plan_parameters
+from .state_dict import PagedState, Unconverted, hide_from_conversion
+from .store import SwapStore, check_folder, check_space, file_bytes, rank_folder
+from .swap_manager import SwapManager
+from .trace import SwapStats
+from .units import Paging, plan_units
+
+# Inner optimizers that an open OffloadOptimizer holds: two of them would update the same parameters twice.
+_wrapped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+class OffloadOptimizer(torch.optim.Optimizer):
+    """Keeps the state of ``optimizer`` on disk, and is used in its place.
+
+    >>> optimizer = OffloadOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), "/mnt/nvme/run1")
+
+    A step reads each unit of state into a page-locked buffer, lets ``optimizer`` update the parameters that it belongs to,
+    and writes it back, with several units under way at a time. Parameters and ``state_dict()`` are bit for bit those of
+    ``optimizer`` by itself. Schedulers, hooks, closures, ``add_param_group`` and GradScaler work as on any optimizer.
+
+    State is made room for when a parameter first has a gradient; a parameter that never has one takes no space. ``path`` is
+    scratch space in this version: save ``state_dict()`` to keep the state.
+
+    Args:
+        optimizer: Any torch optimizer whose update of one parameter needs no other parameter. It must not be stepped
+            itself any more. State that it has already is moved to the disk at the first step.
+        path: An existing folder on the drive that is to hold the state, or an OffloadConfig with everything in it.
+        **fields: The other fields of OffloadConfig, such as ``host_memory="512MiB"``.
+
+    Raises:
+        ConfigError: A setting or path that cannot work, or memory or disk space that does not suffice.
+        UnsupportedOptimizerError: ``optimizer`` cannot be paged; the message says why.
+        StoreError: Another process or optimizer uses the same folder.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str] | OffloadConfig, **fields: Any
+    ) -> None:
+        if isinstance(path, OffloadConfig):
+            if fields:
+                raise ConfigError("give the options either in the OffloadConfig or as keywords, not in both")
+            self.config = path
+        else:
+            self.config = OffloadConfig.build(path, **fields)
+        inner = _check_optimizer(optimizer)
+        folder = rank_folder(check_folder(self.config.path), *_rank_and_world_size())
+        host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
+        units = plan_units(_plan_trainable(inner), host_memory, unit_size)
+        check_space(folder, file_bytes(units))
+
+        self._inner = inner
+        self._stats = SwapStats()
+        aio = self.config.aio
+        handle = AioHandle(
+            cast(int, aio.block_size),
+            aio.queue_depth,
+            aio.single_submit,
+            aio.overlap_events,
+            aio.num_threads,
+            engine=aio.engine,
+        )
+        try:
+            store = SwapStore(folder, handle)
+        except BaseException:
+            handle.close()
+            raise
+        self._manager = SwapManager(handle, store, host_memory, self._stats)
+        self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
+        self._shut_down = weakref.finalize(self, _shut_down, os.getpid(), self._manager, handle, store)
+
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share_with(optimizer)
+        # State that the inner optimizer brings along. It goes to the disk at the first step.
+        self._brought = {p: state for p, state in optimizer.state.items() if state}
+        optimizer.state = defaultdict(dict)
+        self.state = cast(Any, PagedState(self._pager, lambda: self.param_groups))
+        _wrapped.add(optimizer)
+
+    def _share_with(self, optimizer: torch.optim.Optimizer) -> None:
+        """Groups and hooks are the same objects on both sides, so that it does not matter through which one they change."""
+        self.param_groups = optimizer.param_groups
+        for name, value in vars(optimizer).items():
+            if name.endswith("_hooks"):
+                setattr(self, name, value)
+
+    @staticmethod
+    def register(optimizer_class: type[torch.optim.Optimizer], paging: str) -> None:
+        """Say how the state of an optimizer that is not torch's may be cut; only if no update needs another parameter.
+
+        Args:
+            optimizer_class: The class; subclasses that inherit its ``step`` are meant too.
+            paging: ``"elementwise"`` where each element is updated by itself (as in Adam), so that a large parameter may be
+                spread over several units; ``"whole"`` where the update looks at the whole parameter (as in Muon).
+        """
+        if paging.upper() not in Paging.__members__:
+            raise ConfigError(f"paging must be 'elementwise' or 'whole', not {paging!r}")
+        register(optimizer_class, Paging[paging.upper()])
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer."""
+        return self._inner.optimizer
+
+    @property
+    def stats(self) -> SwapStats:
+        """Bytes, seconds and steps so far: a copy."""
+        return self._stats.copy()
+
+    @torch._disable_dynamo  # reading and writing files cannot be traced: one clean graph break
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient. Returns what ``closure`` returned.
+
+        When it returns, the parameters are updated, and the last units are still being written.
+
+        Raises:
+            OSError: A transfer failed, also one of an earlier step. After it, StepFailedError until load_state_dict().
+        """
+        self._check_open()
+        self._manager.check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        started = time.perf_counter()
+        if self._brought:
+            self._pager.page_out(self.param_groups, self._brought)
+            self._brought = {}
+        self._pager.step(self.param_groups)
+        self._stats.step_seconds += time.perf_counter() - started
+        self._stats.steps += 1
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as on the wrapped optimizer. Its state gets its place at the next step with gradients."""
+        if "_brought" not in vars(self):  # from Optimizer.__init__, with the wrapped optimizer's own groups
+            super().add_param_group(param_group)
+            return
+        self._check_open()
+        self._inner.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's ``state_dict()``. State tensors are copies in memory, on the CPU: all of the state."""
+        self._check_open()
+        paged = cast(PagedState, self.state)
+        self.state = cast(Any, {**self._brought, **paged.load()})
+        try:
+            return super().state_dict()
+        finally:
+            self.state = cast(Any, paged)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a ``state_dict()`` of this or of an unwrapped optimizer, and move its state to the disk at once.
+
+        Raises:
+            ValueError: The groups do not match, as in torch. ConfigError: the state does not match the optimizer's.
+        """
+        self._check_open()
+        # The last pre-hook: those of the user see the state as it is.
+        hook = self.register_load_state_dict_pre_hook(hide_from_conversion)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch's ``load_state_dict`` hands over the new groups, and the state by parameter."""
+        hidden: dict[Any, Any] = state["state"]
+        optimizer = self._inner.optimizer
+        optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})  # type: ignore[attr-defined]
+        self.param_groups = optimizer.param_groups
+        self._brought = {}
+        self._pager.forget_all()
+        states = {p: value.state for p, value in hidden.items() if isinstance(value, Unconverted) and value.state}
+        self._pager.page_out(self.param_groups, states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an OffloadOptimizer cannot be pickled or copied, as its state is on disk: use state_dict()")
+
+    def synchronize(self) -> None:
+        """Wait until the state of the last step is written. Raises OSError where a transfer failed."""
+        self._check_open()
+        self._manager.synchronize()
+
+    def close(self) -> None:
+        """Finish what is under way, free the memory and let go of the folder. The optimizer cannot be used any more.
+
+        Raises OSError where a transfer of the last step failed, after everything has been let go of.
+        """
+        if not self._shut_down.alive:
+            return
+        try:
+            if not self._manager.has_failed:
+                self._manager.synchronize()
+        finally:
+            self._shut_down()
+            _wrapped.discard(self._inner.optimizer)
+
+    def __enter__(self) -> OffloadOptimizer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"OffloadOptimizer({self.config.path!r}, {self._inner.optimizer!r})"
+
+    def _check_open(self) -> None:
+        if not self._shut_down.alive:
+            raise OffloadError("this OffloadOptimizer is closed")
+        if not isinstance(self.state, PagedState):
+            raise OffloadError("the optimizer's state attribute was replaced; change the state with load_state_dict()")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> InnerOptimizer:
+    if isinstance(optimizer, OffloadOptimizer) or optimizer in _wrapped:
+        raise ConfigError("the optimizer is wrapped already: wrap it once, or close() the other OffloadOptimizer")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise UnsupportedOptimizerError("differentiable=True keeps every step in the autograd graph, which cannot be paged")
+    return InnerOptimizer(optimizer)
+
+
+def _plan_trainable(inner: InnerOptimizer) -> list[Any]:
+    """Plans for all parameters that may get a gradient, to see beforehand whether everything fits."""
+    groups = inner.optimizer.param_groups
+    keys = [key for key, parameter in parameters_of(groups).items() if parameter.requires_grad]
+    return plan_parameters(inner, groups, keys)
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    """Of the process group or, before there is one, of the environment that torchrun sets up."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _shut_down(pid: int, manager: SwapManager, handle: AioHandle, store: SwapStore) -> None:
+    """Runs at close(), at garbage collection or at interpreter exit. Not in a forked child: what is open is the parent's."""
+    if os.getpid() != pid:
+        return
+    manager.close()
+    handle.close()
+    store.close()

@@ -1,0 +1,357 @@
+"""ParameterPager: which parameter's state is where, and the update of a unit by the inner optimizer.
+
+The state tensors that the inner optimizer updates are views of the page-locked buffer: nothing is copied but state that the
+optimizer has just made, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
+from .inner import InnerOptimizer
+from .store import check_storable
+from .swap_manager import SwapManager
+from .units import Chunking, ParameterPlan, Paging, Piece, StateTemplate, SwapUnit, plan_units
+
+Key = tuple[int, int]
+"""A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
+
+ParameterState = Mapping[str, Any]
+"""What an optimizer keeps in ``state[parameter]``."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """Where one parameter's state is: in the pieces of units or, when there is nothing to page, in ``resident``."""
+
+    plan: ParameterPlan
+    pieces: list[tuple[SwapUnit, Piece]] = dataclasses.field(default_factory=list)
+    resident: dict[str, Any] | None = None
+
+    @property
+    def small_state(self) -> dict[str, Any] | None:
+        """The state that stays in memory: the same in each piece. None: the parameter has no state yet."""
+        return self.pieces[0][1].resident if self.pieces else self.resident
+
+
+@dataclasses.dataclass
+class _Chunk:
+    """A run of a parameter's elements as the inner optimizer sees it: a parameter, and the views that are its state."""
+
+    piece: Piece
+    target: torch.Tensor
+    views: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+class ParameterPager:
+    """Plans units for parameters when they first need state, and updates them unit by unit."""
+
+    def __init__(self, inner: InnerOptimizer, manager: SwapManager, host_memory: int, unit_size: int | None) -> None:
+        self._inner = inner
+        self._manager = manager
+        self._host_memory = host_memory
+        self._unit_size = unit_size
+        self._entries: dict[Key, _Entry] = {}
+        # For the time of a step: the groups as they were before it, and as the inner optimizer left them.
+        self._groups: list[dict[str, Any]] = []
+        self._groups_after: dict[int, dict[str, Any]] = {}
+
+    def step(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Update every parameter that has a gradient; the same as the inner optimizer's step over ``groups``."""
+        active = {key: p for key, p in parameters_of(groups).items() if p.grad is not None}
+        for key, parameter in active.items():
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise UnsupportedOptimizerError(f"{_name(groups, key)} has a sparse gradient: its state cannot be paged")
+        self.plan(groups, [key for key in active if key not in self._entries])
+        self._groups = [dict(group) for group in groups]
+        self._groups_after = {}
+        try:
+            self._update_unpaged([key for key in active if not self._entries[key].pieces])
+            units = {unit: None for key in active for unit, _ in self._entries[key].pieces}
+            self._manager.walk(sorted(units, key=lambda unit: unit.index), self._update)
+        finally:
+            self._groups = []
+        for index, after in self._groups_after.items():
+            for name, value in after.items():
+                if name != "params" and groups[index].get(name) is not value:
+                    groups[index][name] = value
+
+    def plan(self, groups: Sequence[dict[str, Any]], keys: Sequence[Key]) -> list[SwapUnit]:
+        """Give the parameters at ``keys`` their place in new units, with the files for them. Returns the new units."""
+        if not keys:
+            return []
+        plans = plan_parameters(self._inner, groups, keys)
+        units = plan_units(plans, self._host_memory, self._unit_size, first_index=len(self._manager.units))
+        self._manager.add(units)
+        self._entries.update((plan.key, _Entry(plan)) for plan in plans)
+        for unit in units:
+            for piece in unit.pieces:
+                self._entries[piece.key].pieces.append((unit, piece))
+        return units
+
+    def page_out(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
+        """Store the given states as those of their parameters, which must not have any here yet."""
+        keyed = {key: states[p] for key, p in parameters_of(groups).items() if p in states}
+        units = self.plan(groups, list(keyed))
+        for key, state in keyed.items():
+            _check_complete(self._entries[key].plan, state)
+
+        def fill(unit: SwapUnit, data: torch.Tensor) -> None:
+            for piece in unit.pieces:
+                plan, state = self._entries[piece.key].plan, keyed[piece.key]
+                for tensor in piece.tensors:
+                    source = torch.as_tensor(state[tensor.name]).detach()
+                    if not piece.is_whole:
+                        source = _in_memory_order(source, plan.shape, plan.stride)[piece.start : piece.stop]
+                    tensor.view(data).copy_(source)
+                piece.resident = _resident_from(plan.template, state)
+
+        self._manager.walk(units, fill, cyclic=False)
+        for key, state in keyed.items():
+            if not self._entries[key].pieces:
+                self._entries[key].resident = _resident_from(self._entries[key].plan.template, state)
+
+    def keys_with_state(self) -> Iterator[Key]:
+        """The parameters that the optimizer has made state for."""
+        return (key for key, entry in sorted(self._entries.items()) if entry.small_state is not None)
+
+    def names(self, key: Key) -> list[str]:
+        """The names of a parameter's state, in the inner optimizer's order. Empty when it has none."""
+        entry = self._entries.get(key)
+        if entry is None or entry.small_state is None:
+            return []
+        paged = [tensor.name for tensor in entry.plan.template.paged]
+        known = [name for name in entry.plan.template.names if name in paged or name in entry.small_state]
+        return known + [name for name in entry.small_state if name not in known]
+
+    def read(self, key: Key, name: str) -> Any:
+        """A copy of one value of a parameter's state. Tensors of paged state come from the disk, and are on the CPU."""
+        entry = self._entries[key]
+        if entry.small_state is not None and name in entry.small_state:
+            return _copy(entry.small_state[name])
+        plan = entry.plan
+        spec = next(tensor for tensor in plan.template.paged if tensor.name == name)
+        if plan.template.paging is Paging.ELEMENTWISE:
+            spec = dataclasses.replace(spec, shape=plan.shape, stride=plan.stride)
+        result = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+        flat = result.as_strided((spec.numel,), (1,))
+        for unit, piece in entry.pieces:
+            tensor = next(tensor for tensor in piece.tensors if tensor.name == name)
+            part = flat if piece.is_whole else flat[piece.start : piece.stop]
+            self._manager.read_tensor(unit, tensor, part)
+        return result
+
+    def forget_all(self) -> None:
+        """Drop all state, on disk and in memory."""
+        self._entries.clear()
+        self._manager.forget_all()
+
+    # The update.
+
+    def _update(self, unit: SwapUnit, data: torch.Tensor) -> None:
+        """Visit of the step: update the parameters of a resident unit."""
+        on_cpu = unit.device.type == "cpu"
+        work = data if on_cpu else data[: unit.nbytes].to(unit.device)
+        batch: list[_Chunk] = []
+        elements = 0
+        for chunk in self._chunks(unit, work):
+            batch.append(chunk)
+            elements += chunk.target.numel()
+            if elements >= self._inner.batch_elements(unit.device):
+                self._update_batch(batch)
+                batch, elements = [], 0
+        self._update_batch(batch)
+        if not on_cpu:
+            data[: unit.nbytes].copy_(work)  # waits for the device
+
+    def _chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Chunk]:
+        for piece in unit.pieces:
+            parameter = self._parameter(piece.key)
+            if parameter.grad is None:
+                continue
+            small = piece.resident  # the value before this step, for every chunk of the piece
+            if not piece.is_whole:
+                flat, gradient = _flat(parameter), _flat_gradient(parameter)
+            for begin, end in pairwise(piece.cuts):
+                if piece.is_whole:
+                    target = parameter
+                else:
+                    target = flat[begin:end]
+                    target.grad = gradient[begin:end]
+                views = piece.chunk_views(data, begin, end)
+                state: dict[str, Any] = {}
+                if small is not None:
+                    state.update(small if len(piece.cuts) == 2 else {name: _copy(v) for name, v in small.items()})
+                    state.update(views)
+                yield _Chunk(piece, target, views, state)
+
+    def _update_batch(self, batch: list[_Chunk]) -> None:
+        if not batch:
+            return
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        targets: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for chunk in batch:
+            group = chunk.piece.key[0]
+            state[chunk.target] = chunk.state
+            targets[group].extend([chunk.target] * self._multiplicity(chunk.piece.key))
+        self._step_inner(targets, state)
+        for chunk in batch:
+            self._adopt(chunk, state[chunk.target])
+
+    def _update_unpaged(self, keys: Sequence[Key]) -> None:
+        """Update parameters whose state has nothing to page: zero-size ones, or an optimizer that keeps none."""
+        if not keys:
+            return
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        targets: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for key in keys:
+            parameter = self._parameter(key)
+            resident = self._entries[key].resident
+            if resident is not None:
+                state[parameter] = resident
+            targets[key[0]].extend([parameter] * self._multiplicity(key))
+        self._step_inner(targets, state)
+        for key in keys:
+            parameter = self._parameter(key)
+            if parameter in state:
+                self._entries[key].resident = dict(state[parameter])
+                for name, value in state[parameter].items():
+                    self._check_small(key, name, value)
+
+    def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
+        lent = {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
+        self._inner.step_on(list(lent.values()), state)
+        self._groups_after.update(lent)
+
+    def _adopt(self, chunk: _Chunk, state: dict[str, Any]) -> None:
+        """Take over what the inner optimizer left as a chunk's state."""
+        small: dict[str, Any] = {}
+        for name, value in state.items():
+            if name not in chunk.views:
+                self._check_small(chunk.piece.key, name, value)
+                small[name] = value
+            elif value is not chunk.views[name]:
+                chunk.views[name].copy_(value)
+        chunk.piece.resident = small
+
+    def _check_small(self, key: Key, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0:
+            raise OffloadError(
+                f"{self._inner.name} made a new state tensor {name!r} for {self._entries[key].plan.name}, which it did not "
+                "keep when the parameter's place in the store was planned: were its options changed? Save state_dict(), "
+                "and wrap the optimizer anew"
+            )
+
+    def _parameter(self, key: Key) -> torch.Tensor:
+        parameter = self._groups[key[0]]["params"][key[1]]
+        assert isinstance(parameter, torch.Tensor)
+        return parameter
+
+    def _multiplicity(self, key: Key) -> int:
+        """How often the group lists the parameter: torch steps a duplicate twice."""
+        parameter = self._parameter(key)
+        return sum(other is parameter for other in self._groups[key[0]]["params"])
+
+
+def parameters_of(groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor]:
+    """Every parameter once, by its (first) place."""
+    places: dict[torch.Tensor, Key] = {}
+    for g, group in enumerate(groups):
+        for i, parameter in enumerate(group["params"]):
+            places.setdefault(parameter, (g, i))
+    return {key: parameter for parameter, key in places.items()}
+
+
+def plan_parameters(
+    inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], keys: Sequence[Key]
+) -> list[ParameterPlan]:
+    """What there is to page of the parameters at ``keys``. Zero-size ones have no paged state."""
+    found: dict[Any, StateTemplate] = {}
+    plans = []
+    for key in keys:
+        group = groups[key[0]]
+        parameter = group["params"][key[1]]
+        if hasattr(parameter, "_local_tensor"):
+            raise UnsupportedOptimizerError(f"{_name(groups, key)} is a DTensor: sharded parameters cannot be paged yet")
+        kind = (key[0], parameter.dtype, parameter.device, inner.shape_matters(parameter))
+        if kind not in found:
+            found[kind] = inner.template_for(group, parameter)
+            for tensor in found[kind].paged:
+                check_storable(tensor)
+        template = found[kind]
+        if parameter.numel() == 0:
+            template = dataclasses.replace(template, paged=())
+        device = parameter.device
+        chunking: Chunking = inner.chunking_for(group, device)
+        shape, stride = tuple(parameter.shape), tuple(parameter.stride())
+        plans.append(ParameterPlan(key, _name(groups, key), shape, stride, template, device, chunking))
+    return plans
+
+
+def _name(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
+    """A parameter's name where the optimizer was given names, or else its number, counted as state_dict() does."""
+    names = groups[key[0]].get("param_names")
+    if names:
+        return str(names[key[1]])
+    return f"param_{sum(len(group['params']) for group in groups[: key[0]]) + key[1]}"
+
+
+def _flat(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's elements in the order of its memory."""
+    detached = parameter.detach()
+    return detached.as_strided((detached.numel(),), (1,), detached.storage_offset())
+
+
+def _flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient's elements in the order of the parameter's memory; a copy where it is laid out otherwise."""
+    assert parameter.grad is not None
+    return _in_memory_order(parameter.grad.detach(), parameter.shape, parameter.stride())
+
+
+def _in_memory_order(tensor: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    tensor = tensor.reshape(shape)
+    if tensor.stride() != tuple(stride):
+        tensor = torch.empty_strided(tuple(shape), tuple(stride), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
+def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
+    """Raise ConfigError unless ``state`` has just the paged tensors that the plan has, in the right shapes."""
+    for tensor in plan.template.paged:
+        value = state.get(tensor.name)
+        shape = plan.shape if plan.template.paging is Paging.ELEMENTWISE else tensor.shape
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise ConfigError(f"the state of {plan.name} should have {tensor.name!r} of shape {shape}, but has {what}")
+    paged = {tensor.name for tensor in plan.template.paged}
+    for name, value in state.items():
+        if name not in paged and isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0:
+            raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
+
+
+def _resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]:
+    """The small part of a given state, in the dtypes and on the devices that the optimizer itself uses."""
+    paged = {tensor.name for tensor in template.paged}
+    resident = {}
+    for name, value in state.items():
+        if name in paged:
+            continue
+        example = template.resident.get(name)
+        if isinstance(example, torch.Tensor):
+            value = torch.as_tensor(value).detach().to(dtype=example.dtype, device=example.device, copy=True)
+        resident[name] = _copy(value)
+    return resident
+

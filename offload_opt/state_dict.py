@@ -1,0 +1,112 @@
+"""The optimizer's ``state``, read from the store when it is looked at, and the way into ``load_state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from typing import Any
+
+import torch
+
+from .pager import Key, ParameterPager, parameters_of
+
+
+class PagedParameterState:
+    """What ``state[parameter]`` gives: reads like a dict. A tensor is read from the disk each time it is looked at.
+
+    Values are copies, on the CPU: to change state, use ``load_state_dict``. It is not a ``Mapping`` by type, so that code
+    that walks the state to move it to a device (Lightning) passes it by instead of loading all of it.
+    """
+
+    def __init__(self, pager: ParameterPager, key: Key) -> None:
+        self._pager = pager
+        self._key = key
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return self._pager.read(self._key, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of that name, or ``default``."""
+        return self[name] if name in self else default
+
+    def keys(self) -> list[str]:
+        """The names, in the optimizer's order."""
+        return self._pager.names(self._key)
+
+    def values(self) -> Iterator[Any]:
+        """The values, each read when it is reached."""
+        return (self[name] for name in self.keys())
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Names and values, each read when it is reached."""
+        return ((name, self[name]) for name in self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("the state lies in the store: change it with load_state_dict()")
+
+    def __repr__(self) -> str:
+        return f"<paged state: {', '.join(self.keys()) or 'none yet'}>"
+
+
+class PagedState(Mapping[torch.Tensor, PagedParameterState]):
+    """The optimizer's ``state``: parameters and, for each, what the optimizer keeps for it. Iterating loads nothing."""
+
+    def __init__(self, pager: ParameterPager, groups: Callable[[], list[dict[str, Any]]]) -> None:
+        self._pager = pager
+        self._groups = groups
+
+    def __getitem__(self, parameter: torch.Tensor) -> PagedParameterState:
+        for key, other in parameters_of(self._groups()).items():
+            if other is parameter:
+                return PagedParameterState(self._pager, key)
+        raise KeyError("not a parameter of this optimizer")
+
+    def __setitem__(self, parameter: torch.Tensor, value: Any) -> None:
+        if not isinstance(value, PagedParameterState):  # what it holds already may be put back
+            raise TypeError("the state lies in the store: change it with load_state_dict()")
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        parameters = parameters_of(self._groups())
+        return (parameters[key] for key in self._pager.keys_with_state() if key in parameters)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, parameter: object) -> bool:
+        return any(parameter is other for other in self)
+
+    def items(self) -> ItemsView[torch.Tensor, PagedParameterState]:
+        return ItemsView(self)
+
+    def values(self) -> ValuesView[PagedParameterState]:
+        return ValuesView(self)
+
+    def load(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """All of it, in memory."""
+        return {parameter: dict(state.items()) for parameter, state in self.items()}
+
+
+class Unconverted:
+    """A parameter's state on its way through torch's ``load_state_dict``, which converts every tensor that it recognises.
+
+    Torch would cast moments to the parameter's dtype and move them to its device; this it passes on as it is.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = state
+
+
+def hide_from_conversion(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A ``load_state_dict`` pre-hook: wraps each parameter's state in Unconverted."""
+    hidden = {key: Unconverted(state) if isinstance(state, Mapping) else state for key, state in state_dict["state"].items()}
+    return {**state_dict, "state": hidden}

@@ -1,0 +1,214 @@
+"""SwapManager: pages units through a ring of buffers around their update. The one place where overlap lives.
+
+Units are visited in order, step after step, so the order is a cycle. Each buffer of the ring holds the unit that it will be
+visited with next, from the moment the buffer was free: when a unit's write is started, the read of the unit that follows
+the last one in the ring is queued behind that write, into the same buffer. The native handle runs the chain, so reads go on
+through the end of a step, and through the forward and backward that follow, with no thread of Python's.
+
+              visit
+    ring:   [ unit 4 | unit 5 | unit 6 ] <- read of unit 7, queued behind the write of unit 3 in the same buffer
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from .aio import AioHandle, IoFuture
+from .buffers import BufferPool, PinnedBuffer
+from .errors import StepFailedError
+from .store import SwapStore
+from .trace import SwapStats
+from .units import StateTensor, SwapUnit, UnitState
+
+Visit = Callable[[SwapUnit, torch.Tensor], None]
+"""Called with a resident unit and the 1-D uint8 tensor that holds its bytes, which it may change."""
+
+
+class SwapManager:
+    """Owns the ring, the pool and the transfers under way; borrows the handle and the store.
+
+    After any error of a walk the state on disk is incomplete, and everything but ``forget_all`` and ``close`` raises
+    StepFailedError, with the first error as its cause.
+    """
+
+    def __init__(self, handle: AioHandle, store: SwapStore, host_memory: int, stats: SwapStats) -> None:
+        self._handle = handle
+        self._store = store
+        self._stats = stats
+        self._pool = BufferPool(handle, host_memory)
+        self._ring: deque[tuple[SwapUnit, PinnedBuffer]] = deque()
+        self._writes: dict[SwapUnit, IoFuture] = {}  # oldest first
+        self._failure: BaseException | None = None
+        self.units: list[SwapUnit] = []
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error left the state on disk incomplete."""
+        return self._failure is not None
+
+    def add(self, units: Sequence[SwapUnit]) -> None:
+        """Take on new, blank units: make their files and, where they are larger than those before, larger buffers."""
+        largest = max((unit.nbytes for unit in units), default=0)
+        if largest > self._pool.buffer_size:
+            self.synchronize()
+            self._empty_ring()
+            self._handle.wait()
+            self._pool.fit(largest)
+        self.check()
+        self._store.create(units)
+        self.units.extend(units)
+        self._stats.state_bytes += sum(unit.nbytes for unit in units)
+
+    def walk(self, order: Sequence[SwapUnit], visit: Visit, *, cyclic: bool = True) -> None:
+        """Bring each unit of ``order`` into memory, ``visit`` it, and write it back.
+
+        With ``cyclic``, the first units of ``order`` are read again for the next walk when the last ones are written.
+        Returns when all have been visited; transfers go on. Raises what a transfer or ``visit`` raised.
+        """
+        self.check()
+        try:
+            self._walk(order, visit, cyclic)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def read_tensor(self, unit: SwapUnit, tensor: StateTensor, into: torch.Tensor) -> None:
+        """Read one state tensor of a unit as it is after the last walk into the contiguous CPU tensor ``into``."""
+        self.synchronize()
+        self._store.read_into(unit, tensor, into)
+        self._stats.bytes_read += tensor.nbytes
+
+    def synchronize(self) -> None:
+        """Wait until every unit that was visited is on disk. Raises the first error of a transfer."""
+        self.check()
+        try:
+            while self._writes:
+                self._finish_write(next(iter(self._writes)))
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def forget_all(self) -> None:
+        """Drop every unit and its file, failed or not: a fresh start."""
+        self._abandon()
+        self._store.forget(self.units)
+        self.units.clear()
+        self._stats.state_bytes = 0
+        self._failure = None
+
+    def close(self) -> None:
+        """Wait for the transfers under way and free the memory. Never raises for a failed transfer."""
+        self._abandon()
+        self._pool.release()
+        self._stats.host_memory_bytes = 0
+
+    def check(self) -> None:
+        """Raise StepFailedError if an earlier transfer or update failed."""
+        if self._failure is not None:
+            raise StepFailedError(
+                f"an earlier error left the optimizer state on disk incomplete ({self._failure!r}). The parameters may have "
+                "been updated in part. Load both from a checkpoint: the optimizer works again after load_state_dict()"
+            ) from self._failure
+
+    # A walk.
+
+    def _walk(self, order: Sequence[SwapUnit], visit: Visit, cyclic: bool) -> None:
+        if [unit for unit, _ in self._ring] != list(order[: len(self._ring)]):
+            self._empty_ring()  # read ahead for another order: rare, when other parameters get gradients
+        upcoming = iter(order[len(self._ring) :])
+        self._read_ahead(upcoming)
+        depth = len(self._ring)
+        for position, unit in enumerate(order):
+            _, buffer = self._ring.popleft()
+            self._arrive(unit, buffer)
+            started = time.perf_counter()
+            visit(unit, buffer.data)
+            self._stats.update_seconds += time.perf_counter() - started
+            self._start_write(unit, buffer)
+            following = order[(position + depth) % len(order)]
+            if cyclic or position + depth < len(order):
+                # A unit that follows itself, because every unit has a buffer, is where it should be.
+                self._start_read(following, buffer, is_there=following is unit)
+            else:
+                self._pool.give_back(buffer)
+            self._finish_ended_writes()
+
+    def _read_ahead(self, upcoming: Iterable[SwapUnit]) -> None:
+        """Fill free buffers with the units that come next."""
+        for unit in upcoming:
+            buffer = self._pool.take()
+            if buffer is None:
+                return
+            self._stats.host_memory_bytes = self._pool.nbytes
+            self._start_read(unit, buffer)
+
+    def _start_read(self, unit: SwapUnit, buffer: PinnedBuffer, *, is_there: bool = False) -> None:
+        # Behind the write of what the buffer held, and behind the unit's own last write: both may be under way.
+        after = [future for future in (buffer.last_use, self._writes.get(unit)) if future is not None]
+        unit.move_to(UnitState.READING)
+        if not (is_there or unit.is_blank):  # a blank unit has no bytes yet
+            buffer.last_use = self._store.read(unit, buffer.data, after)
+            self._stats.bytes_read += unit.nbytes
+        self._ring.append((unit, buffer))
+
+    def _arrive(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
+        """READING to RESIDENT: wait until the buffer is the unit's alone, with the unit's bytes in it."""
+        try:
+            if buffer.last_use is not None:
+                self._wait(buffer.last_use)
+        except OSError:
+            self._finish_ended_writes()  # a read that was called off names the error of the write before it: raise that
+            raise
+        buffer.last_use = None
+        self._writes.pop(unit, None)  # ended: the read came behind it
+        unit.move_to(UnitState.RESIDENT)
+
+    def _start_write(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
+        unit.move_to(UnitState.WRITING)
+        unit.is_blank = False
+        buffer.last_use = self._writes[unit] = self._store.write(unit, buffer.data)
+        self._stats.bytes_written += unit.nbytes
+
+    def _finish_write(self, unit: SwapUnit) -> None:
+        self._wait(self._writes.pop(unit))
+        if unit.state is UnitState.WRITING:  # else it is being read again
+            unit.move_to(UnitState.ON_DISK)
+
+    def _finish_ended_writes(self) -> None:
+        for unit in [unit for unit, future in self._writes.items() if future.done()]:
+            self._finish_write(unit)
+
+    def _wait(self, future: IoFuture) -> None:
+        if future.done():
+            future.wait()
+            return
+        started = time.perf_counter()
+        try:
+            future.wait()
+        finally:
+            self._stats.io_wait_seconds += time.perf_counter() - started
+
+    def _empty_ring(self) -> None:
+        """Give back the buffers of units that were read ahead. Their reads may still be running."""
+        while self._ring:
+            unit, buffer = self._ring.popleft()
+            unit.move_to(UnitState.ON_DISK)
+            self._pool.give_back(buffer)
+
+    def _abandon(self) -> None:
+        """Wait for all transfers, whatever comes of them, and take every buffer back."""
+        while True:
+            try:
+                self._handle.wait()
+                break
+            except OSError:
+                continue  # already told, or about a state that is given up
+        self._ring.clear()
+        self._writes.clear()
+        self._pool.release()
+        for unit in self.units:
+            unit.state = UnitState.ON_DISK

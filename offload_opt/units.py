@@ -1,0 +1,350 @@
+"""Which state tensors are paged together, and where each byte of them lies. Pure: no I/O, no optimizer is run here.
+
+A parameter's paged state is cut into *pieces*, each a run of the parameter's elements; pieces are packed into *units*, and
+a unit is what one read or write moves. Inside its unit a piece keeps each of its state tensors contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .config import format_bytes
+from .errors import ConfigError
+
+PAGE = 4096
+"""Units are whole pages, so that all of a unit goes past the page cache."""
+TENSOR_ALIGNMENT = 64
+"""Bytes: what torch gives its own CPU tensors."""
+RING_DEPTH = 3
+"""The least number of buffers: one being read, one being updated, one being written."""
+
+# How ATen runs an elementwise CPU kernel over n elements (aten/src/ATen/TensorIterator.cpp, Parallel.h): from _GRAIN
+# elements on, each thread gets a contiguous run of ceil(n / threads). A run goes through vector code in steps of at most
+# _VECTOR elements, and its last few elements through scalar code. For bf16, and for fused kernels, the two may round
+# differently. So a parameter is cut only where that leaves every element in the kind of code that it was in.
+_GRAIN = 32768
+_VECTOR = 64
+
+
+class Paging(enum.Enum):
+    """How a parameter's state may be cut."""
+
+    ELEMENTWISE = "each element of the state depends on that element alone: any run of elements is updated alike"
+    WHOLE = "the update looks at the whole parameter: it stays in one unit"
+
+
+class UnitState(enum.Enum):
+    """Where a unit's state is. TRANSITIONS says what may follow what."""
+
+    ON_DISK = "on disk"
+    READING = "being read"
+    RESIDENT = "in a buffer, to be updated"
+    WRITING = "being written"
+
+
+TRANSITIONS = {
+    UnitState.ON_DISK: {UnitState.READING},
+    UnitState.READING: {UnitState.RESIDENT, UnitState.ON_DISK},  # back: read ahead, and then not needed
+    UnitState.RESIDENT: {UnitState.WRITING},
+    UnitState.WRITING: {UnitState.ON_DISK, UnitState.READING},  # the read is queued behind the write
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTensor:
+    """One state tensor of a piece: ``shape`` and ``stride`` in elements, ``offset`` in bytes from its unit's start."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def view(self, data: torch.Tensor) -> torch.Tensor:
+        """The tensor inside its unit's bytes: ``data`` is a 1-D uint8 tensor of the unit's size or more."""
+        flat = data[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTemplate:
+    """What state an optimizer keeps for one parameter, found by a probe.
+
+    ``paged`` has, for ELEMENTWISE, tensors of the shape of the probe, of which only name and dtype count; for WHOLE, the
+    tensors as they are. ``resident`` has the names and values of what stays in memory: small tensors and other objects.
+    """
+
+    paging: Paging
+    paged: tuple[StateTensor, ...]
+    resident: Mapping[str, Any]
+    names: tuple[str, ...]
+    """All names, in the optimizer's order."""
+
+    @property
+    def bytes_per_element(self) -> int:
+        return sum(tensor.dtype.itemsize for tensor in self.paged)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterPlan:
+    """What planning needs to know of a parameter. ``key`` is (group, position in the group)."""
+
+    key: tuple[int, int]
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    template: StateTemplate
+    device: torch.device
+    chunking: Chunking
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(eq=False)
+class Piece:
+    """Elements ``start`` to ``stop`` of a parameter, in memory order, with the state that belongs to them.
+
+    ``cuts`` are the elements at which the update of the piece is cut into chunks, ``start`` and ``stop`` included.
+    ``resident`` is its state that stays in memory; None until the optimizer has made any state for it.
+    """
+
+    key: tuple[int, int]
+    name: str
+    start: int
+    stop: int
+    cuts: tuple[int, ...]
+    is_whole: bool
+    tensors: tuple[StateTensor, ...]
+    resident: dict[str, Any] | None = None
+
+    def chunk_views(self, data: torch.Tensor, begin: int, end: int) -> dict[str, torch.Tensor]:
+        """The state tensors of elements ``begin`` to ``end`` as views of the unit's bytes ``data``."""
+        if self.is_whole:
+            return {tensor.name: tensor.view(data) for tensor in self.tensors}
+        return {tensor.name: tensor.view(data)[begin - self.start : end - self.start] for tensor in self.tensors}
+
+    def tensor_label(self, tensor: StateTensor) -> str:
+        """The tensor's name in the unit file."""
+        return f"{self.name}.{tensor.name}" + ("" if self.is_whole else f"[{self.start}:{self.stop}]")
+
+
+@dataclasses.dataclass(eq=False)
+class SwapUnit:
+    """Pieces that are paged together: one file, one transfer."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+    nbytes: int
+    device: torch.device
+    state: UnitState = UnitState.ON_DISK
+    is_blank: bool = True  # nothing has been written yet, so there is nothing to read
+
+    def move_to(self, state: UnitState) -> None:
+        """Change the state; a step that TRANSITIONS does not have is a bug, and raises."""
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"unit {self.index} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+    """How the update of an elementwise parameter may be cut on its device."""
+
+    threads: int  # of torch's intra-op pool: they decide where a kernel has scalar code
+    cuts_anywhere: bool  # a fused CPU kernel cuts between threads on vector boundaries; on a GPU all elements are alike
+    max_elements: int
+
+    def largest(self, limit: int) -> int:
+        """The most elements, at most ``limit``, that form a chunk with no scalar code inside or at its end. 0: none."""
+        length = min(limit, self.max_elements)
+        while length > 0:
+            step = _VECTOR * self._runs(length)
+            even = length // step * step
+            if even == length:
+                break
+            length = even
+        return length
+
+    def cut(self, numel: int, limit: int) -> list[int]:
+        """Cut 0..numel into chunks of at most ``limit`` elements that are updated bit for bit as the whole would be."""
+        chunk = self.largest(limit)
+        if numel <= chunk:
+            return [0, numel]
+        cuts = [0]
+        runs = 1 if self.cuts_anywhere else self._runs(numel)
+        run = -(-numel // runs)
+        for begin in range(0, numel, run):
+            end = min(begin + run, numel)
+            cuts.extend(range(begin + chunk, end, chunk))
+            rest = end - cuts[-1]
+            even = rest if self.cuts_anywhere or rest < _GRAIN else self.largest(rest)
+            if 0 < even < rest:
+                cuts.append(cuts[-1] + even)
+            cuts.append(end)
+        return cuts
+
+    def _runs(self, numel: int) -> int:
+        return max(1, min(self.threads, -(-numel // _GRAIN)))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor's elements fill a run of memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for step, size in sorted((st, sz) for st, sz in zip(stride, shape, strict=True) if sz != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def least_host_memory(parameters: Iterable[ParameterPlan]) -> tuple[int, str]:
+    """The least host_memory in bytes with which these parameters can be paged, and the parameter that decides it."""
+    least, name = RING_DEPTH * PAGE, ""
+    for parameter in parameters:
+        if parameter.template.paging is Paging.WHOLE:
+            unit = _pages(_end_of_tensors(parameter.template.paged, 0)[1])
+        else:
+            unit = _pages(_piece_bytes(parameter, min(parameter.numel, _VECTOR)))
+        if RING_DEPTH * unit > least:
+            least, name = RING_DEPTH * unit, parameter.name
+    return least, name
+
+
+def plan_units(
+    parameters: Sequence[ParameterPlan], host_memory: int, unit_size: int | None, first_index: int = 0
+) -> list[SwapUnit]:
+    """Pack the paged state of ``parameters`` into units, in order; units never mix devices.
+
+    Args:
+        host_memory: Bytes that the ring of buffers may take.
+        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB and at least the largest state
+            that cannot be cut.
+        first_index: The index of the first new unit.
+
+    Raises:
+        ConfigError: ``host_memory`` or ``unit_size`` is too small; the message says the least that works.
+    """
+    least, name = least_host_memory(parameters)
+    if host_memory < least:
+        why = f": the state of {name} cannot be cut, and" if name else ","
+        raise ConfigError(
+            f"host_memory={format_bytes(host_memory)} is too small{why} {RING_DEPTH} buffers are needed; "
+            f"the least that works is {least} bytes ({format_bytes(least)})"
+        )
+    largest_unit = host_memory // RING_DEPTH // PAGE * PAGE
+    if unit_size is None:
+        unit_size = max(min(host_memory // 8, 32 << 20), least // RING_DEPTH)
+    elif unit_size < least // RING_DEPTH or unit_size > largest_unit:
+        raise ConfigError(
+            f"unit_size={format_bytes(unit_size)} must lie between {format_bytes(least // RING_DEPTH)} and "
+            f"{format_bytes(largest_unit)}, a {RING_DEPTH}rd of host_memory"
+        )
+    unit_size = max(min(unit_size, largest_unit) // PAGE * PAGE, PAGE)
+
+    units: list[SwapUnit] = []
+    pieces: list[Piece] = []
+    used = 0
+    device: torch.device | None = None
+
+    def finish() -> None:
+        nonlocal used
+        if pieces:
+            assert device is not None
+            units.append(SwapUnit(first_index + len(units), tuple(pieces), _pages(used), device))
+            pieces.clear()
+        used = 0
+
+    for parameter in parameters:
+        if parameter.device != device:
+            finish()
+            device = parameter.device
+        for cuts in _runs_of_chunks(parameter, unit_size):
+            for part in _split_to_fit(parameter, cuts, unit_size, lambda: used, finish):
+                piece, used = _place(parameter, part, used)
+                pieces.append(piece)
+    finish()
+    return units
+
+
+def _runs_of_chunks(parameter: ParameterPlan, unit_size: int) -> Iterator[list[int]]:
+    if not parameter.template.paged:
+        return
+    if parameter.template.paging is Paging.WHOLE:
+        yield [0, parameter.numel]
+        return
+    limit = unit_size // parameter.template.bytes_per_element
+    while _piece_bytes(parameter, limit) > unit_size:  # alignment of the tensors takes a little
+        limit -= _VECTOR
+    yield parameter.chunking.cut(parameter.numel, max(limit, 1))
+
+
+def _split_to_fit(
+    parameter: ParameterPlan, cuts: list[int], unit_size: int, used: Any, finish: Any
+) -> Iterator[list[int]]:
+    """Cut a run of chunks where units are full. Calls ``finish()`` at the end of each full unit."""
+    begin = 0
+    while begin < len(cuts) - 1:
+        end = begin + 1
+        while end < len(cuts) and used() + _bytes_of(parameter, cuts[begin], cuts[end]) <= unit_size:
+            end += 1
+        if end == begin + 1:
+            if used() == 0:
+                raise AssertionError(f"a chunk of {parameter.name} is larger than a unit")
+            finish()
+            continue
+        yield cuts[begin:end]
+        begin = end - 1
+
+
+def _bytes_of(parameter: ParameterPlan, start: int, stop: int) -> int:
+    if parameter.template.paging is Paging.WHOLE:
+        return _end_of_tensors(parameter.template.paged, 0)[1]
+    return _piece_bytes(parameter, stop - start)
+
+
+def _piece_bytes(parameter: ParameterPlan, elements: int) -> int:
+    return sum(_aligned(elements * tensor.dtype.itemsize) for tensor in parameter.template.paged)
+
+
+def _place(parameter: ParameterPlan, cuts: list[int], offset: int) -> tuple[Piece, int]:
+    """The piece for these chunks at ``offset`` in its unit, and where it ends."""
+    start, stop = cuts[0], cuts[-1]
+    is_whole = start == 0 and stop == parameter.numel and len(cuts) == 2
+    tensors = parameter.template.paged
+    if parameter.template.paging is Paging.ELEMENTWISE:
+        shape, stride = (parameter.shape, parameter.stride) if is_whole else ((stop - start,), (1,))
+        tensors = tuple(dataclasses.replace(tensor, shape=shape, stride=stride) for tensor in tensors)
+    tensors, end = _end_of_tensors(tensors, offset)
+    return Piece(parameter.key, parameter.name, start, stop, tuple(cuts), is_whole, tensors), end
+
+
+def _end_of_tensors(tensors: Iterable[StateTensor], offset: int) -> tuple[tuple[StateTensor, ...], int]:
+    placed = []
+    for tensor in tensors:
+        placed.append(dataclasses.replace(tensor, offset=offset))
+        offset = _aligned(offset + tensor.nbytes)
+    return tuple(placed), offset
+
+
+def _aligned(size: int) -> int:
+    return -(-size // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
