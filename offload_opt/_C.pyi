@@ -1,6 +1,8 @@
 """Types of the native core (csrc/bindings.cpp)."""
 
-from collections.abc import Buffer, Callable, Sequence
+from collections.abc import Callable, Sequence
+
+from typing_extensions import Buffer
 
 class Operation:
     def wait(self) -> int: ...
@@ -38,7 +40,7 @@ class Handle:
     def wait(self) -> int: ...
     def close(self) -> None: ...
 
-class LockedMemory:
+class LockedMemory(Buffer):
     def __init__(self, size: int, on_free: Callable[[int], None] | None = None) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property

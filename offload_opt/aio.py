@@ -21,9 +21,9 @@ logger = logging.getLogger("offload_opt")
 # Every handle that is open: closed before the interpreter tears down what their buffers need.
 _open_handles: weakref.WeakSet[AioHandle] = weakref.WeakSet()
 
-# Page-locked memory of the whole process: first address -> bytes, as long as the memory lives; and first address -> memory
-# for what new_cpu_locked_tensor gave out and free_cpu_locked_tensor has not taken back. Single dict operations only, and no
-# lock: memory may be freed, and so leave _locked, at any point where an object dies.
+# Page-locked memory of the whole process: first address -> bytes, as long as the memory lives; and first address ->
+# memory for what new_cpu_locked_tensor gave out and free_cpu_locked_tensor has not taken back. Single dict operations
+# only, and no lock: memory may be freed, and so leave _locked, at any point where an object dies.
 _locked: dict[int, int] = {}
 _kept: dict[int, _C.LockedMemory] = {}
 _warned_not_locked = False
@@ -38,7 +38,7 @@ class IoFuture:
         self._operation = operation
 
     def wait(self) -> int:
-        """Wait for this transfer. Returns the bytes moved; raises its ``OSError`` (errno, message with offset, path)."""
+        """Wait for this transfer. Returns bytes moved; raises its ``OSError`` (errno, message with offset, path)."""
         return self._operation.wait()
 
     def done(self) -> bool:
@@ -49,9 +49,10 @@ class IoFuture:
 class AioHandle:
     """Asynchronous file I/O between host memory and files, past the page cache where the file system allows it.
 
-    ``filename`` is a path or an open file descriptor; a file to be written is created where it is missing. ``buffer`` is a
-    contiguous CPU tensor or any object with a contiguous buffer. Sizes and offsets (bytes) need no alignment: what is
-    aligned goes past the page cache, ragged ends go through it. Transfers are cut into blocks over the worker threads.
+    ``filename`` is a path or an open file descriptor; a file to be written is created where it is missing. ``buffer``
+    is a contiguous CPU tensor or any object with a contiguous buffer. Sizes and offsets (bytes) need no alignment: what
+    is aligned goes past the page cache, ragged ends go through it. Transfers are cut into blocks over the worker
+    threads.
 
     Every result is read: a short transfer is continued, EINTR and EAGAIN are tried again, and anything else raises
     ``OSError`` with errno, path, and the offset in its message. A read past the end of the file is such an error.
@@ -64,7 +65,8 @@ class AioHandle:
         single_submit: One request a system call.
         overlap_events: Refill the queue while completions arrive, instead of draining it first.
         num_threads: Worker threads, each with a queue of its own.
-        engine: ``"auto"``, ``"io_uring"`` or ``"threads"``. ``"auto"`` takes the environment's OFFLOAD_OPT_ENGINE, or else
+        engine: ``"auto"``, ``"io_uring"`` or ``"threads"``. ``"auto"`` takes the environment's OFFLOAD_OPT_ENGINE, or
+        else
             the first engine that a probe finds working.
     """
 
@@ -115,11 +117,15 @@ class AioHandle:
 
     # Blocking transfers on the caller's thread.
 
-    def read(self, buffer: Any, filename: str | os.PathLike[str] | int, validate: bool = False, file_offset: int = 0) -> int:
+    def read(
+        self, buffer: Any, filename: str | os.PathLike[str] | int, validate: bool = False, file_offset: int = 0
+    ) -> int:
         """Fill ``buffer`` from the file, on this thread. Returns bytes moved. ``validate`` reads again and compares."""
         return self._run_here(False, buffer, filename, validate, file_offset)
 
-    def write(self, buffer: Any, filename: str | os.PathLike[str] | int, validate: bool = False, file_offset: int = 0) -> int:
+    def write(
+        self, buffer: Any, filename: str | os.PathLike[str] | int, validate: bool = False, file_offset: int = 0
+    ) -> int:
         """Write ``buffer`` to the file, on this thread. Returns bytes moved. ``validate`` reads back and compares."""
         return self._run_here(True, buffer, filename, validate, file_offset)
 
@@ -175,7 +181,7 @@ class AioHandle:
         return self._submit(True, buffer, filename, False, file_offset, after)
 
     def wait(self) -> int:
-        """Wait for everything pending. Returns the number of asynchronous transfers that ended since the last ``wait()``.
+        """Wait for everything pending. Returns how many asynchronous transfers ended since the last ``wait()``.
 
         Raises the first error that no future's ``wait()`` has raised, after all have ended.
         """
@@ -184,7 +190,7 @@ class AioHandle:
     # Page-locked memory.
 
     def new_cpu_locked_tensor(self, num_elem: int, example_tensor: torch.Tensor) -> torch.Tensor:
-        """A zeroed 1-D tensor of ``num_elem`` elements of ``example_tensor``'s dtype in page-aligned, page-locked memory.
+        """A zeroed 1-D tensor of ``num_elem`` elements of ``example_tensor``'s dtype, page-aligned and page-locked.
 
         Views of it count as locked too. The memory lives until ``free_cpu_locked_tensor`` and the last view.
         """
@@ -195,7 +201,7 @@ class AioHandle:
         return torch.frombuffer(memory, dtype=example_tensor.dtype, count=num_elem)
 
     def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
-        """Let go of a tensor of ``new_cpu_locked_tensor``; its memory is freed with its last view. False: not one of ours."""
+        """Let go of a tensor of ``new_cpu_locked_tensor``: its last view frees its memory. False: not one of ours."""
         return _kept.pop(tensor.data_ptr(), None) is not None
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
@@ -253,7 +259,7 @@ def choose_engine(engine: str = "auto") -> str:
         engine = os.environ.get("OFFLOAD_OPT_ENGINE", "auto")
     if engine not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
-    reasons = []
+    reasons: list[str] = []
     for name, works, why_not in _C.engines():
         if works and engine in ("auto", name):
             logger.debug("I/O engine %s%s", name, "".join(f" ({reason})" for reason in reasons))
@@ -273,7 +279,9 @@ def _address(buffer: Any, *, writable: bool) -> tuple[int, int, Any]:
     try:
         view = memoryview(buffer)
     except TypeError:
-        raise TypeError(f"buffer must be a CPU tensor or have the buffer protocol, not {type(buffer).__name__}") from None
+        raise TypeError(
+            f"buffer must be a CPU tensor or have the buffer protocol, not {type(buffer).__name__}"
+        ) from None
     if not view.contiguous:
         raise ValueError("buffer must be contiguous: a strided view has bytes between its elements")
     if writable and view.readonly:
@@ -286,8 +294,8 @@ def _file(filename: str | os.PathLike[str] | int, offset: int) -> tuple[bytes, i
     """(path, -1) or (empty, file descriptor)."""
     if offset < 0:
         raise ValueError(f"file_offset must not be negative: {offset}")
-    if isinstance(filename, int) and not isinstance(filename, bool):
-        if filename < 0:
+    if isinstance(filename, int):
+        if filename < 0 or isinstance(filename, bool):
             raise ValueError(f"filename must be a path or an open file descriptor, not {filename}")
         return b"", filename
     path = os.fsencode(filename)
@@ -309,24 +317,30 @@ def _allocate_locked(size: int) -> _C.LockedMemory | None:
     def forget(address: int) -> None:
         _locked.pop(address, None)
         if registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            _cuda_runtime().cudaHostUnregister(address)
 
     memory = _C.LockedMemory((size + page - 1) // page * page, forget)
     if memory.why_not_locked and not _warned_not_locked:
         _warned_not_locked = True
         warnings.warn(
             f"could not lock {memory.size} bytes into memory ({memory.why_not_locked}); going on with ordinary memory. "
-            "Raise the limit (ulimit -l, or LimitMEMLOCK for a service) so that the system cannot swap the buffers out.",
+            "Raise the limit (ulimit -l, or LimitMEMLOCK for a service) to keep the system from swapping the buffers out.",
             OffloadWarning,
             stacklevel=4,
         )
     if torch.cuda.is_available():
-        error = int(torch.cuda.cudart().cudaHostRegister(memory.address, memory.size, 1))  # 1: portable over devices
+        error = int(_cuda_runtime().cudaHostRegister(memory.address, memory.size, 1))  # 1: portable over devices
         registered = error == 0
         if not registered:
-            logger.warning("cudaHostRegister of %d bytes failed with error %d: copies to the GPU will be slow", size, error)
+            logger.warning(
+                "cudaHostRegister of %d bytes failed with error %d: copies to the GPU will be slow", size, error
+            )
     _locked[memory.address] = memory.size
     return memory
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _close_all() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class PinnedBuffer:
-    """``data`` is a 1-D uint8 tensor, page-aligned and page-locked. ``last_use`` is the latest transfer from or to it."""
+    """``data`` is 1-D uint8, page-aligned and page-locked. ``last_use`` is the latest transfer from or to it."""
 
     data: torch.Tensor
     last_use: IoFuture | None = None
@@ -22,8 +22,8 @@ class PinnedBuffer:
 class BufferPool:
     """Buffers of one size, made when they are first needed and at most ``limit`` bytes of them.
 
-    The pool owns the memory; whoever takes a buffer gives it back, and may do so while a transfer still uses it: the next
-    one to take it starts its own transfers after ``last_use``.
+    The pool owns the memory; whoever takes a buffer gives it back, and may do so while a transfer still uses it: the
+    next one to take it starts its own transfers after ``last_use``.
     """
 
     def __init__(self, handle: AioHandle, limit: int) -> None:

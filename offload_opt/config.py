@@ -58,7 +58,7 @@ class AioConfig:
     num_threads: int = 1
     """Worker threads, each with a queue of its own. They sleep while the device works."""
     engine: str = "auto"
-    """``"io_uring"``, ``"threads"``, or ``"auto"`` for the first that works here; OFFLOAD_OPT_ENGINE overrides "auto"."""
+    """``"io_uring"``, ``"threads"``, or ``"auto"``: what OFFLOAD_OPT_ENGINE says, or the first that works here."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", parse_bytes(self.block_size, "aio.block_size"))

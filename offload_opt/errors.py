@@ -1,4 +1,4 @@
-"""The errors and warnings that offload_opt raises of its own. I/O failures are plain ``OSError`` with errno and path."""
+"""The package's own errors and warnings. I/O failures are plain ``OSError`` with errno and path."""
 
 from __future__ import annotations
 

@@ -13,17 +13,18 @@ import torch
 from .errors import UnsupportedOptimizerError
 from .units import Chunking, Paging, StateTemplate, StateTensor, is_dense
 
-# How each optimizer's state may be cut; a string is the reason why it cannot be paged. Those that this torch does not have
-# are left out.
+# How each optimizer's state may be cut; a string is the reason why it cannot be paged. Those that this torch does not
+# have are left out.
 _TORCH_OPTIMIZERS: dict[str, Paging | str] = {
     **dict.fromkeys(
-        "Adam AdamW NAdam RAdam Adamax Adagrad Adadelta RMSprop SGD ASGD Rprop".split(), Paging.ELEMENTWISE
+        ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "SGD", "ASGD", "Rprop"],
+        Paging.ELEMENTWISE,
     ),
-    **dict.fromkeys("Adafactor Muon".split(), Paging.WHOLE),
+    **dict.fromkeys(["Adafactor", "Muon"], Paging.WHOLE),
     "LBFGS": "its state is a history of all parameters at once, and it calls the closure many times a step",
     "SparseAdam": "it updates a few rows of its state, and paging would move all of it for them",
 }
-_OPTIMIZERS: dict[type, Paging | str] = {
+_OPTIMIZERS: dict[Any, Paging | str] = {
     getattr(torch.optim, name): paging for name, paging in _TORCH_OPTIMIZERS.items() if hasattr(torch.optim, name)
 }
 
@@ -79,7 +80,8 @@ class InnerOptimizer:
         try:
             self.step_on([{**group, "params": [probe]}], state)
         except (RuntimeError, NotImplementedError):
-            # Without memory there are no numbers to compute with. The state is there before the first of them is asked for.
+            # Without memory there are no numbers to compute with. The state is there before the first of them is asked
+            # for.
             if paging is Paging.ELEMENTWISE or not state[probe]:
                 raise
         paged, resident = [], {}
@@ -126,6 +128,7 @@ class InnerOptimizer:
 def _find_paging(optimizer_class: type[torch.optim.Optimizer]) -> Paging:
     """The table's word on the class, or on the base class whose ``step`` it inherits."""
     step = inspect.unwrap(optimizer_class.step)
+    base: Any
     for base in optimizer_class.__mro__:
         entry = _OPTIMIZERS.get(base)
         if entry is None or inspect.unwrap(base.step) is not step:
@@ -134,8 +137,8 @@ def _find_paging(optimizer_class: type[torch.optim.Optimizer]) -> Paging:
             raise UnsupportedOptimizerError(f"the state of {optimizer_class.__name__} cannot be paged: {entry}")
         return entry
     raise UnsupportedOptimizerError(
-        f"{optimizer_class.__name__} is not known here. Paging updates a few parameters at a time, which is right only where "
-        "the update of one parameter needs no other parameter. If that holds, say so once: "
+        f"{optimizer_class.__name__} is not known here. Paging updates a few parameters at a time, which is right only "
+        "where the update of one parameter needs no other parameter. If that holds, say so once: "
         f"OffloadOptimizer.register({optimizer_class.__name__}, 'elementwise') where each element is updated by itself "
         "(as in Adam), or 'whole' where the update looks at the whole parameter (as in Muon)"
     )

@@ -15,7 +15,7 @@ from .aio import AioHandle
 from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer, register
-from .pager import ParameterPager, parameters_of, plan_parameters
+from .pager import ParameterPager, check_states, parameters_of, plan_parameters
 from .state_dict import PagedState, Unconverted, hide_from_conversion
 from .store import SwapStore, check_folder, check_space, file_bytes, rank_folder
 from .swap_manager import SwapManager
@@ -31,12 +31,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     >>> optimizer = OffloadOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), "/mnt/nvme/run1")
 
-    A step reads each unit of state into a page-locked buffer, lets ``optimizer`` update the parameters that it belongs to,
-    and writes it back, with several units under way at a time. Parameters and ``state_dict()`` are bit for bit those of
-    ``optimizer`` by itself. Schedulers, hooks, closures, ``add_param_group`` and GradScaler work as on any optimizer.
+    A step reads each unit of state into a page-locked buffer, lets ``optimizer`` update the parameters that it belongs
+    to, and writes it back, with several units under way at a time. Parameters and ``state_dict()`` are bit for bit
+    those of ``optimizer`` by itself. Schedulers, hooks, closures, ``add_param_group`` and GradScaler work as on any
+    optimizer.
 
-    State is made room for when a parameter first has a gradient; a parameter that never has one takes no space. ``path`` is
-    scratch space in this version: save ``state_dict()`` to keep the state.
+    State is made room for when a parameter first has a gradient; a parameter that never has one takes no space.
+    ``path`` is scratch space in this version: save ``state_dict()`` to keep the state.
 
     Args:
         optimizer: Any torch optimizer whose update of one parameter needs no other parameter. It must not be stepped
@@ -94,7 +95,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         _wrapped.add(optimizer)
 
     def _share_with(self, optimizer: torch.optim.Optimizer) -> None:
-        """Groups and hooks are the same objects on both sides, so that it does not matter through which one they change."""
+        """Groups and hooks are the same objects on both sides, so it does not matter where they are changed."""
         self.param_groups = optimizer.param_groups
         for name, value in vars(optimizer).items():
             if name.endswith("_hooks"):
@@ -106,7 +107,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         Args:
             optimizer_class: The class; subclasses that inherit its ``step`` are meant too.
-            paging: ``"elementwise"`` where each element is updated by itself (as in Adam), so that a large parameter may be
+            paging: ``"elementwise"`` where each element is updated by itself (as in Adam), so that a large parameter
+            may be
                 spread over several units; ``"whole"`` where the update looks at the whole parameter (as in Muon).
         """
         if paging.upper() not in Paging.__members__:
@@ -123,7 +125,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Bytes, seconds and steps so far: a copy."""
         return self._stats.copy()
 
-    @torch._disable_dynamo  # reading and writing files cannot be traced: one clean graph break
+    # Reading and writing files cannot be traced: one clean graph break.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. Returns what ``closure`` returned.
 
@@ -156,7 +159,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._inner.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``state_dict()``. State tensors are copies in memory, on the CPU: all of the state."""
+        """The wrapped optimizer's ``state_dict()``. It holds copies of all state, in memory and on the CPU."""
         self._check_open()
         paged = cast(PagedState, self.state)
         self.state = cast(Any, {**self._brought, **paged.load()})
@@ -182,13 +185,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch's ``load_state_dict`` hands over the new groups, and the state by parameter."""
         hidden: dict[Any, Any] = state["state"]
+        states = {p: value.state for p, value in hidden.items() if isinstance(value, Unconverted) and value.state}
+        check_states(self._inner, state["param_groups"], states)  # before anything is given up
         optimizer = self._inner.optimizer
-        optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})  # type: ignore[attr-defined]
+        optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
         self.param_groups = optimizer.param_groups
         self._brought = {}
-        self._pager.forget_all()
-        states = {p: value.state for p, value in hidden.items() if isinstance(value, Unconverted) and value.state}
-        self._pager.page_out(self.param_groups, states)
+        self._pager.replace_all(self.param_groups, states)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an OffloadOptimizer cannot be pickled or copied, as its state is on disk: use state_dict()")
@@ -234,7 +237,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> InnerOptimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise UnsupportedOptimizerError("differentiable=True keeps every step in the autograd graph, which cannot be paged")
+        raise UnsupportedOptimizerError(
+            "differentiable=True keeps every step in the autograd graph, which cannot be paged"
+        )
     return InnerOptimizer(optimizer)
 
 
@@ -254,7 +259,7 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def _shut_down(pid: int, manager: SwapManager, handle: AioHandle, store: SwapStore) -> None:
-    """Runs at close(), at garbage collection or at interpreter exit. Not in a forked child: what is open is the parent's."""
+    """Runs at close(), garbage collection or interpreter exit; not in a forked child: what is open is the parent's."""
     if os.getpid() != pid:
         return
     manager.close()

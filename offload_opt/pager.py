@@ -1,7 +1,7 @@
 """ParameterPager: which parameter's state is where, and the update of a unit by the inner optimizer.
 
-The state tensors that the inner optimizer updates are views of the page-locked buffer: nothing is copied but state that the
-optimizer has just made, once.
+The state tensors that the inner optimizer updates are views of the page-locked buffer: nothing is copied but state that
+the optimizer has just made, once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer
 from .store import check_storable
 from .swap_manager import SwapManager
-from .units import Chunking, ParameterPlan, Paging, Piece, StateTemplate, SwapUnit, plan_units
+from .units import Chunking, Paging, ParameterPlan, Piece, StateTemplate, SwapUnit, plan_units
 
 Key = tuple[int, int]
 """A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
@@ -70,7 +70,9 @@ class ParameterPager:
         active = {key: p for key, p in parameters_of(groups).items() if p.grad is not None}
         for key, parameter in active.items():
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                raise UnsupportedOptimizerError(f"{_name(groups, key)} has a sparse gradient: its state cannot be paged")
+                raise UnsupportedOptimizerError(
+                    f"{_name(groups, key)} has a sparse gradient: its state cannot be paged"
+                )
         self.plan(groups, [key for key in active if key not in self._entries])
         self._groups = [dict(group) for group in groups]
         self._groups_after = {}
@@ -102,8 +104,6 @@ class ParameterPager:
         """Store the given states as those of their parameters, which must not have any here yet."""
         keyed = {key: states[p] for key, p in parameters_of(groups).items() if p in states}
         units = self.plan(groups, list(keyed))
-        for key, state in keyed.items():
-            _check_complete(self._entries[key].plan, state)
 
         def fill(unit: SwapUnit, data: torch.Tensor) -> None:
             for piece in unit.pieces:
@@ -119,6 +119,16 @@ class ParameterPager:
         for key, state in keyed.items():
             if not self._entries[key].pieces:
                 self._entries[key].resident = _resident_from(self._entries[key].plan.template, state)
+
+    def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
+        """Drop all state, on disk and in memory, and store the given one."""
+        self._entries.clear()
+        self._manager.forget_all()
+        try:
+            self.page_out(groups, states)
+        except BaseException as error:
+            self._manager.fail(error)  # there is neither the old state nor the new one
+            raise
 
     def keys_with_state(self) -> Iterator[Key]:
         """The parameters that the optimizer has made state for."""
@@ -149,11 +159,6 @@ class ParameterPager:
             part = flat if piece.is_whole else flat[piece.start : piece.stop]
             self._manager.read_tensor(unit, tensor, part)
         return result
-
-    def forget_all(self) -> None:
-        """Drop all state, on disk and in memory."""
-        self._entries.clear()
-        self._manager.forget_all()
 
     # The update.
 
@@ -246,9 +251,9 @@ class ParameterPager:
     def _check_small(self, key: Key, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0:
             raise OffloadError(
-                f"{self._inner.name} made a new state tensor {name!r} for {self._entries[key].plan.name}, which it did not "
-                "keep when the parameter's place in the store was planned: were its options changed? Save state_dict(), "
-                "and wrap the optimizer anew"
+                f"{self._inner.name} made a new state tensor {name!r} for {self._entries[key].plan.name}, which it did "
+                "not keep when the parameter's place in the store was planned: were its options changed? Save "
+                "state_dict(), and wrap the optimizer anew"
             )
 
     def _parameter(self, key: Key) -> torch.Tensor:
@@ -281,7 +286,9 @@ def plan_parameters(
         group = groups[key[0]]
         parameter = group["params"][key[1]]
         if hasattr(parameter, "_local_tensor"):
-            raise UnsupportedOptimizerError(f"{_name(groups, key)} is a DTensor: sharded parameters cannot be paged yet")
+            raise UnsupportedOptimizerError(
+                f"{_name(groups, key)} is a DTensor: sharded parameters cannot be paged yet"
+            )
         kind = (key[0], parameter.dtype, parameter.device, inner.shape_matters(parameter))
         if kind not in found:
             found[kind] = inner.template_for(group, parameter)
@@ -295,6 +302,15 @@ def plan_parameters(
         shape, stride = tuple(parameter.shape), tuple(parameter.stride())
         plans.append(ParameterPlan(key, _name(groups, key), shape, stride, template, device, chunking))
     return plans
+
+
+def check_states(
+    inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], states: Mapping[torch.Tensor, ParameterState]
+) -> None:
+    """Raise ConfigError unless ``states`` are such as ``inner`` keeps with the options of ``groups``."""
+    places = {key: p for key, p in parameters_of(groups).items() if p in states}
+    for plan in plan_parameters(inner, groups, list(places)):
+        _check_complete(plan, states[places[plan.key]])
 
 
 def _name(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
@@ -320,7 +336,9 @@ def _flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
 def _in_memory_order(tensor: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
     tensor = tensor.reshape(shape)
     if tensor.stride() != tuple(stride):
-        tensor = torch.empty_strided(tuple(shape), tuple(stride), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        tensor = torch.empty_strided(tuple(shape), tuple(stride), dtype=tensor.dtype, device=tensor.device).copy_(
+            tensor
+        )
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
@@ -354,4 +372,3 @@ def _resident_from(template: StateTemplate, state: ParameterState) -> dict[str, 
             value = torch.as_tensor(value).detach().to(dtype=example.dtype, device=example.device, copy=True)
         resident[name] = _copy(value)
     return resident
-

@@ -13,8 +13,8 @@ from .pager import Key, ParameterPager, parameters_of
 class PagedParameterState:
     """What ``state[parameter]`` gives: reads like a dict. A tensor is read from the disk each time it is looked at.
 
-    Values are copies, on the CPU: to change state, use ``load_state_dict``. It is not a ``Mapping`` by type, so that code
-    that walks the state to move it to a device (Lightning) passes it by instead of loading all of it.
+    Values are copies, on the CPU: to change state, use ``load_state_dict``. It is not a ``Mapping`` by type, so that
+    code that walks the state to move it to a device (Lightning) passes it by instead of loading all of it.
     """
 
     def __init__(self, pager: ParameterPager, key: Key) -> None:
@@ -28,7 +28,7 @@ class PagedParameterState:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of that name, or ``default``."""
-        return self[name] if name in self else default
+        return self._pager.read(self._key, name) if name in self else default
 
     def keys(self) -> list[str]:
         """The names, in the optimizer's order."""
@@ -97,7 +97,7 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
 
 
 class Unconverted:
-    """A parameter's state on its way through torch's ``load_state_dict``, which converts every tensor that it recognises.
+    """A parameter's state on its way through torch's ``load_state_dict``, which converts every tensor it recognises.
 
     Torch would cast moments to the parameter's dtype and move them to its device; this it passes on as it is.
     """
@@ -108,5 +108,7 @@ class Unconverted:
 
 def hide_from_conversion(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A ``load_state_dict`` pre-hook: wraps each parameter's state in Unconverted."""
-    hidden = {key: Unconverted(state) if isinstance(state, Mapping) else state for key, state in state_dict["state"].items()}
+    hidden = {
+        key: Unconverted(state) if isinstance(state, Mapping) else state for key, state in state_dict["state"].items()
+    }
     return {**state_dict, "state": hidden}

@@ -4,11 +4,12 @@
       LOCK                                 flock: one process owns the store
       units/unit-00000.0.safetensors       one file a unit
 
-A unit file is a valid safetensors file. Its header is padded so that the data starts on a page, and alignment gaps and the
-tail are named as padding entries, so that the whole data region is one aligned transfer and any tool can read the file.
-Tensors that are not contiguous, and runs of a larger tensor, are stored flat, in the order of their memory.
+A unit file is a valid safetensors file. Its header is padded so that the data starts on a page, and alignment gaps and
+the tail are named as padding entries, so that the whole data region is one aligned transfer and any tool can read the
+file. Tensors that are not contiguous, and runs of a larger tensor, are stored flat, in the order of their memory.
 
-This store is scratch space: the state in it is that of the last finished step, and it is not committed to survive a crash.
+This store is scratch space: the state in it is that of the last finished step, and it is not committed to survive a
+crash.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     """Raise ConfigError unless ``path`` is a folder that files can be made in. Touches nothing."""
     folder = Path(path)
     if not folder.exists():
-        raise ConfigError(f"path {str(folder)!r} does not exist: make the folder first, on the drive that is to hold the state")
+        raise ConfigError(
+            f"path {str(folder)!r} does not exist: make the folder first, on the drive that is to hold the state"
+        )
     if not folder.is_dir():
         raise ConfigError(f"path {str(folder)!r} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
@@ -102,28 +105,12 @@ class SwapStore:
         """Make the files of new units, with their space allocated. Raises StoreError when the disk is full."""
         for file in self._stale():
             file.unlink()
-        for unit in units:
-            header = _header(unit)
-            path = self.path_of(unit)
-            # A name of an earlier unit may be taken over: never write into a file that something else may hold open.
-            path.unlink(missing_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, len(header) + unit.nbytes)
-                if os.write(fd, header) != len(header):
-                    raise OSError(errno.EIO, "the header was written in part", str(path))
-            except OSError as error:
-                path.unlink()
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                disk = os.statvfs(self.folder)
-                raise StoreError(
-                    f"no space for the optimizer state: {path} needs {format_bytes(len(header) + unit.nbytes)}, and "
-                    f"{format_bytes(disk.f_bavail * disk.f_frsize)} are free"
-                ) from error
-            finally:
-                os.close(fd)
-            self._data_start[unit] = len(header)
+        try:
+            for unit in units:
+                self._data_start[unit] = self._create_file(self.path_of(unit), _header(unit), unit.nbytes)
+        except BaseException:
+            self.forget([unit for unit in units if unit in self._data_start])
+            raise
 
     def forget(self, units: Sequence[SwapUnit]) -> None:
         """Delete the files of units that are no longer wanted."""
@@ -137,9 +124,7 @@ class SwapStore:
 
     def read(self, unit: SwapUnit, data: torch.Tensor, after: Sequence[IoFuture] = ()) -> IoFuture:
         """Start to read a unit into the first bytes of ``data``, when the transfers in ``after`` have ended."""
-        return self._handle.async_pread(
-            data[: unit.nbytes], self.path_of(unit), self._data_start[unit], after=after
-        )
+        return self._handle.async_pread(data[: unit.nbytes], self.path_of(unit), self._data_start[unit], after=after)
 
     def write(self, unit: SwapUnit, data: torch.Tensor) -> IoFuture:
         """Start to write a unit from the first bytes of ``data``."""
@@ -152,6 +137,26 @@ class SwapStore:
     def close(self) -> None:
         """Let go of the lock. The files stay."""
         self._release_lock()
+
+    def _create_file(self, path: Path, header: bytes, nbytes: int) -> int:
+        """Make a unit file. Returns where its data starts."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, len(header) + nbytes)
+            if os.write(fd, header) != len(header):
+                raise OSError(errno.EIO, "the header was written in part", str(path))
+        except OSError as error:
+            path.unlink()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            disk = os.statvfs(self.folder)
+            raise StoreError(
+                f"no space for the optimizer state: {path} needs {format_bytes(len(header) + nbytes)}, and "
+                f"{format_bytes(disk.f_bavail * disk.f_frsize)} are free"
+            ) from error
+        finally:
+            os.close(fd)
+        return len(header)
 
     def _stale(self) -> list[Path]:
         own = {self.path_of(unit) for unit in self._data_start}
@@ -181,7 +186,7 @@ def _lock(path: Path) -> int:
             raise
         whose = "this process" if owner == str(os.getpid()) else f"process {owner}"
         raise StoreError(
-            f"the store {path.parent} is in use by {whose}: give each optimizer a folder of its own, or close() the other"
+            f"the store {path.parent} is in use by {whose}: give each optimizer its own folder, or close() the other"
         ) from None
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())

@@ -1,9 +1,10 @@
 """SwapManager: pages units through a ring of buffers around their update. The one place where overlap lives.
 
-Units are visited in order, step after step, so the order is a cycle. Each buffer of the ring holds the unit that it will be
-visited with next, from the moment the buffer was free: when a unit's write is started, the read of the unit that follows
-the last one in the ring is queued behind that write, into the same buffer. The native handle runs the chain, so reads go on
-through the end of a step, and through the forward and backward that follow, with no thread of Python's.
+Units are visited in order, step after step, so the order is a cycle. Each buffer of the ring holds the unit that it
+will be visited with next, from the moment the buffer was free: when a unit's write is started, the read of the unit
+that follows the last one in the ring is queued behind that write, into the same buffer. The native handle runs the
+chain, so reads go on through the end of a step, and through the forward and backward that follow, with no thread of
+Python's.
 
               visit
     ring:   [ unit 4 | unit 5 | unit 6 ] <- read of unit 7, queued behind the write of unit 3 in the same buffer
@@ -92,6 +93,10 @@ class SwapManager:
             self._failure = error
             raise
 
+    def fail(self, error: BaseException) -> None:
+        """Note that the state on disk is incomplete because of ``error``."""
+        self._failure = error
+
     def forget_all(self) -> None:
         """Drop every unit and its file, failed or not: a fresh start."""
         self._abandon()
@@ -110,8 +115,8 @@ class SwapManager:
         """Raise StepFailedError if an earlier transfer or update failed."""
         if self._failure is not None:
             raise StepFailedError(
-                f"an earlier error left the optimizer state on disk incomplete ({self._failure!r}). The parameters may have "
-                "been updated in part. Load both from a checkpoint: the optimizer works again after load_state_dict()"
+                f"an earlier error left the optimizer state on disk incomplete ({self._failure!r}). The parameters may "
+                "have been updated in part. Load both from a checkpoint: the optimizer works again after load_state_dict()"
             ) from self._failure
 
     # A walk.

@@ -1,7 +1,7 @@
 """Which state tensors are paged together, and where each byte of them lies. Pure: no I/O, no optimizer is run here.
 
-A parameter's paged state is cut into *pieces*, each a run of the parameter's elements; pieces are packed into *units*, and
-a unit is what one read or write moves. Inside its unit a piece keeps each of its state tensors contiguous.
+A parameter's paged state is cut into *pieces*, each a run of the parameter's elements; pieces are packed into *units*,
+and a unit is what one read or write moves. Inside its unit a piece keeps each of its state tensors contiguous.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ RING_DEPTH = 3
 """The least number of buffers: one being read, one being updated, one being written."""
 
 # How ATen runs an elementwise CPU kernel over n elements (aten/src/ATen/TensorIterator.cpp, Parallel.h): from _GRAIN
-# elements on, each thread gets a contiguous run of ceil(n / threads). A run goes through vector code in steps of at most
-# _VECTOR elements, and its last few elements through scalar code. For bf16, and for fused kernels, the two may round
-# differently. So a parameter is cut only where that leaves every element in the kind of code that it was in.
+# elements on, each thread gets a contiguous run of ceil(n / threads). A run goes through vector code in steps of at
+# most _VECTOR elements, and its last few elements through scalar code. For bf16, and for fused kernels, the two may
+# round differently. So a parameter is cut only where that leaves every element in the kind of code that it was in.
 _GRAIN = 32768
 _VECTOR = 64
 
@@ -84,8 +84,9 @@ class StateTensor:
 class StateTemplate:
     """What state an optimizer keeps for one parameter, found by a probe.
 
-    ``paged`` has, for ELEMENTWISE, tensors of the shape of the probe, of which only name and dtype count; for WHOLE, the
-    tensors as they are. ``resident`` has the names and values of what stays in memory: small tensors and other objects.
+    ``paged`` has, for ELEMENTWISE, tensors of the shape of the probe, of which only name and dtype count; for WHOLE,
+    the tensors as they are. ``resident`` has the names and values of what stays in memory: small tensors and other
+    objects.
     """
 
     paging: Paging
@@ -232,8 +233,10 @@ def plan_units(
     """Pack the paged state of ``parameters`` into units, in order; units never mix devices.
 
     Args:
+        parameters: What is to be paged.
         host_memory: Bytes that the ring of buffers may take.
-        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB and at least the largest state
+        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB and at least the largest
+        state
             that cannot be cut.
         first_index: The index of the first new unit.
 
@@ -257,59 +260,68 @@ def plan_units(
         )
     unit_size = max(min(unit_size, largest_unit) // PAGE * PAGE, PAGE)
 
-    units: list[SwapUnit] = []
-    pieces: list[Piece] = []
-    used = 0
-    device: torch.device | None = None
-
-    def finish() -> None:
-        nonlocal used
-        if pieces:
-            assert device is not None
-            units.append(SwapUnit(first_index + len(units), tuple(pieces), _pages(used), device))
-            pieces.clear()
-        used = 0
-
+    packer = _Packer(unit_size, first_index)
     for parameter in parameters:
-        if parameter.device != device:
-            finish()
-            device = parameter.device
-        for cuts in _runs_of_chunks(parameter, unit_size):
-            for part in _split_to_fit(parameter, cuts, unit_size, lambda: used, finish):
-                piece, used = _place(parameter, part, used)
-                pieces.append(piece)
-    finish()
-    return units
+        packer.add(parameter)
+    return packer.finish()
 
 
-def _runs_of_chunks(parameter: ParameterPlan, unit_size: int) -> Iterator[list[int]]:
-    if not parameter.template.paged:
-        return
-    if parameter.template.paging is Paging.WHOLE:
-        yield [0, parameter.numel]
-        return
-    limit = unit_size // parameter.template.bytes_per_element
-    while _piece_bytes(parameter, limit) > unit_size:  # alignment of the tensors takes a little
-        limit -= _VECTOR
-    yield parameter.chunking.cut(parameter.numel, max(limit, 1))
+class _Packer:
+    """Fills one unit after another."""
 
+    def __init__(self, unit_size: int, first_index: int) -> None:
+        self._unit_size = unit_size
+        self._first_index = first_index
+        self._units: list[SwapUnit] = []
+        self._pieces: list[Piece] = []
+        self._used = 0
+        self._device: torch.device | None = None
 
-def _split_to_fit(
-    parameter: ParameterPlan, cuts: list[int], unit_size: int, used: Any, finish: Any
-) -> Iterator[list[int]]:
-    """Cut a run of chunks where units are full. Calls ``finish()`` at the end of each full unit."""
-    begin = 0
-    while begin < len(cuts) - 1:
-        end = begin + 1
-        while end < len(cuts) and used() + _bytes_of(parameter, cuts[begin], cuts[end]) <= unit_size:
-            end += 1
-        if end == begin + 1:
-            if used() == 0:
+    def add(self, parameter: ParameterPlan) -> None:
+        """Place all chunks of a parameter: as many in a unit as it still has room for."""
+        if not parameter.template.paged:
+            return
+        if parameter.device != self._device:
+            self._close_unit()
+            self._device = parameter.device
+        cuts = _chunks_of(parameter, self._unit_size)
+        begin = 0
+        while begin < len(cuts) - 1:
+            end = begin
+            while (
+                end + 1 < len(cuts) and self._used + _bytes_of(parameter, cuts[begin], cuts[end + 1]) <= self._unit_size
+            ):
+                end += 1
+            if end > begin:
+                piece, self._used = _place(parameter, cuts[begin : end + 1], self._used)
+                self._pieces.append(piece)
+                begin = end
+            elif self._pieces:
+                self._close_unit()
+            else:
                 raise AssertionError(f"a chunk of {parameter.name} is larger than a unit")
-            finish()
-            continue
-        yield cuts[begin:end]
-        begin = end - 1
+
+    def finish(self) -> list[SwapUnit]:
+        """The units, the last one closed."""
+        self._close_unit()
+        return self._units
+
+    def _close_unit(self) -> None:
+        if self._pieces:
+            assert self._device is not None
+            index = self._first_index + len(self._units)
+            self._units.append(SwapUnit(index, tuple(self._pieces), _pages(self._used), self._device))
+        self._pieces, self._used = [], 0
+
+
+def _chunks_of(parameter: ParameterPlan, unit_size: int) -> list[int]:
+    """The elements at which a parameter may be cut, so that each chunk's state fits a unit."""
+    if parameter.template.paging is Paging.WHOLE:
+        return [0, parameter.numel]
+    limit = unit_size // parameter.template.bytes_per_element
+    while _piece_bytes(parameter, limit) > unit_size:  # the alignment of the tensors takes a little
+        limit -= _VECTOR
+    return parameter.chunking.cut(parameter.numel, max(limit, 1))
 
 
 def _bytes_of(parameter: ParameterPlan, start: int, stop: int) -> int:
