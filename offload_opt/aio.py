@@ -324,7 +324,7 @@ def _allocate_locked(size: int) -> _C.LockedMemory | None:
         _warned_not_locked = True
         warnings.warn(
             f"could not lock {memory.size} bytes into memory ({memory.why_not_locked}); going on with ordinary memory. "
-            "Raise the limit (ulimit -l, or LimitMEMLOCK for a service) to keep the system from swapping the buffers out.",
+            "Raise the limit (ulimit -l, or LimitMEMLOCK for a service) so that the buffers cannot be swapped out.",
             OffloadWarning,
             stacklevel=4,
         )

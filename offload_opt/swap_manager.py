@@ -116,7 +116,7 @@ class SwapManager:
         if self._failure is not None:
             raise StepFailedError(
                 f"an earlier error left the optimizer state on disk incomplete ({self._failure!r}). The parameters may "
-                "have been updated in part. Load both from a checkpoint: the optimizer works again after load_state_dict()"
+                "have been updated in part. Load both from a checkpoint: after load_state_dict() it works again"
             ) from self._failure
 
     # A walk.
