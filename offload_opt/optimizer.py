@@ -17,10 +17,10 @@ from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer, register
 from .pager import ParameterPager, check_states, parameters_of, plan_parameters
 from .state_dict import PagedState, Unconverted, hide_from_conversion
-from .store import SwapStore, check_folder, check_space, file_bytes, rank_folder
+from .store import SwapStore, check_folder, check_space, rank_folder
 from .swap_manager import SwapManager
 from .trace import SwapStats
-from .units import Paging, plan_units
+from .units import Paging, check_memory, state_bytes
 
 # Inner optimizers that an open OffloadOptimizer holds: two of them would update the same parameters twice.
 _wrapped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -63,8 +63,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         inner = _check_optimizer(optimizer)
         folder = rank_folder(check_folder(self.config.path), *_rank_and_world_size())
         host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
-        units = plan_units(_plan_trainable(inner), host_memory, unit_size)
-        check_space(folder, file_bytes(units))
+        plans = _plan_trainable(inner)
+        check_memory(plans, host_memory, unit_size)
+        check_space(folder, state_bytes(plans))
 
         self._inner = inner
         self._stats = SwapStats()

@@ -58,7 +58,10 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
         )
     if not folder.is_dir():
         raise ConfigError(f"path {str(folder)!r} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
+    if (
+        not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+        or os.statvfs(folder).f_flag & os.ST_RDONLY
+    ):
         raise ConfigError(f"path {str(folder)!r} is not writable")
     return folder
 
@@ -69,7 +72,7 @@ def rank_folder(path: str | os.PathLike[str], rank: int, world_size: int) -> Pat
 
 
 def check_space(folder: Path, nbytes: int) -> None:
-    """Raise ConfigError where units of ``nbytes`` do not fit into the store ``folder``, which need not exist yet.
+    """Raise ConfigError where ``nbytes`` of state do not fit into the store ``folder``, which need not exist yet.
 
     Units that an earlier run left there count as free space: they are replaced.
     """
@@ -161,11 +164,6 @@ class SwapStore:
     def _stale(self) -> list[Path]:
         own = {self.path_of(unit) for unit in self._data_start}
         return [file for file in self._units.glob(_UNIT_FILES) if file not in own]
-
-
-def file_bytes(units: Sequence[SwapUnit]) -> int:
-    """The disk space that the files of these units take."""
-    return sum(len(_header(unit)) + unit.nbytes for unit in units)
 
 
 def check_storable(tensor: StateTensor) -> None:

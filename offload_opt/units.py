@@ -227,18 +227,14 @@ def least_host_memory(parameters: Iterable[ParameterPlan]) -> tuple[int, str]:
     return least, name
 
 
-def plan_units(
-    parameters: Sequence[ParameterPlan], host_memory: int, unit_size: int | None, first_index: int = 0
-) -> list[SwapUnit]:
-    """Pack the paged state of ``parameters`` into units, in order; units never mix devices.
+def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_size: int | None) -> int:
+    """The size in bytes that units of ``parameters`` get at most.
 
     Args:
         parameters: What is to be paged.
         host_memory: Bytes that the ring of buffers may take.
         unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB and at least the largest
-        state
-            that cannot be cut.
-        first_index: The index of the first new unit.
+            state that cannot be cut.
 
     Raises:
         ConfigError: ``host_memory`` or ``unit_size`` is too small; the message says the least that works.
@@ -256,10 +252,24 @@ def plan_units(
     elif unit_size < least // RING_DEPTH or unit_size > largest_unit:
         raise ConfigError(
             f"unit_size={format_bytes(unit_size)} must lie between {format_bytes(least // RING_DEPTH)} and "
-            f"{format_bytes(largest_unit)}, a {RING_DEPTH}rd of host_memory"
+            f"{format_bytes(largest_unit)}, a third of host_memory"
         )
-    unit_size = max(min(unit_size, largest_unit) // PAGE * PAGE, PAGE)
+    return max(min(unit_size, largest_unit) // PAGE * PAGE, PAGE)
 
+
+def state_bytes(parameters: Iterable[ParameterPlan]) -> int:
+    """Bytes of paged state, without the padding of units."""
+    return sum(_bytes_of(parameter, 0, parameter.numel) for parameter in parameters)
+
+
+def plan_units(
+    parameters: Sequence[ParameterPlan], host_memory: int, unit_size: int | None, first_index: int = 0
+) -> list[SwapUnit]:
+    """Pack the paged state of ``parameters`` into units, in order; units never mix devices.
+
+    ``host_memory``, ``unit_size`` and ConfigError are as for ``check_memory``; ``first_index`` is that of the first unit.
+    """
+    unit_size = check_memory(parameters, host_memory, unit_size)
     packer = _Packer(unit_size, first_index)
     for parameter in parameters:
         packer.add(parameter)

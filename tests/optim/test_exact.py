@@ -77,6 +77,7 @@ class Pair:
         self.parameters = [torch.nn.Parameter(p.detach().clone()) for p in self.plain_parameters]
         self.plain = make(self.plain_parameters)
         fields.setdefault("host_memory", HOST_MEMORY)
+        self.offloaded_folder = store
         self.offloaded = OffloadOptimizer(make(self.parameters), store, **fields)
 
     def set_gradients(self, without: Sequence[int] = ()) -> None:
