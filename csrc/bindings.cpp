@@ -15,6 +15,10 @@
 #include "aio_handle.h"
 #include "locked_memory.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace py = pybind11;
 using namespace offload_opt;
 
@@ -176,6 +180,13 @@ py::list engines() {
   return rows;
 }
 
+// Gives the pages of freed memory back to the system, where the allocator can.
+void trim_heap() {
+#ifdef __GLIBC__
+  ::malloc_trim(0);
+#endif
+}
+
 void raise_os_error(int error, const char* message, const std::string& path) {
   const py::str text(message);
   py::object name = py::none();
@@ -236,4 +247,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("buffer_address", &buffer_address, py::arg("buffer"), py::arg("writable"));
   module.def("engines", &engines);
   module.def("page_size", &page_size);
+  module.def("trim_heap", &trim_heap);
 }

@@ -268,6 +268,11 @@ def choose_engine(engine: str = "auto") -> str:
     raise ConfigError(f"no I/O engine for {engine!r}: {'; '.join(reasons)}")
 
 
+def trim_heap() -> None:
+    """Give the pages of freed memory back to the system, where the allocator can. Milliseconds."""
+    _C.trim_heap()
+
+
 def _address(buffer: Any, *, writable: bool) -> tuple[int, int, Any]:
     """(address, bytes, an object that keeps both valid) of a tensor or buffer."""
     if isinstance(buffer, torch.Tensor):

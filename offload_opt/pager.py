@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .aio import trim_heap
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer
 from .store import check_storable
@@ -50,6 +51,7 @@ class _Chunk:
     target: torch.Tensor
     views: dict[str, torch.Tensor]
     state: dict[str, Any]
+    is_last: bool  # of its piece
 
 
 class ParameterPager:
@@ -177,6 +179,10 @@ class ParameterPager:
         self._update_batch(batch)
         if not on_cpu:
             data[: unit.nbytes].copy_(work)  # waits for the device
+        if unit.is_blank:
+            # The optimizer made its state in memory of its own, and small tensors that stay among it: without this,
+            # what it freed between them adds up to the size of the whole state (measured with glibc).
+            trim_heap()
 
     def _chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Chunk]:
         for piece in unit.pieces:
@@ -197,7 +203,7 @@ class ParameterPager:
                 if small is not None:
                     state.update(small if len(piece.cuts) == 2 else {name: _copy(v) for name, v in small.items()})
                     state.update(views)
-                yield _Chunk(piece, target, views, state)
+                yield _Chunk(piece, target, views, state, is_last=end == piece.stop)
 
     def _update_batch(self, batch: list[_Chunk]) -> None:
         if not batch:
@@ -246,7 +252,8 @@ class ParameterPager:
                 small[name] = value
             elif value is not chunk.views[name]:
                 chunk.views[name].copy_(value)
-        chunk.piece.resident = small
+        if chunk.is_last:
+            chunk.piece.resident = _updated(chunk.piece.resident or {}, small)
 
     def _check_small(self, key: Key, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0:
@@ -344,6 +351,17 @@ def _in_memory_order(tensor: torch.Tensor, shape: Sequence[int], stride: Sequenc
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
+def _updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new``, in the tensors of ``old`` where they fit: small tensors that outlive a step would break up the heap."""
+    for name, value in new.items():
+        kept = old.get(name)
+        if not (isinstance(kept, torch.Tensor) and isinstance(value, torch.Tensor)) or kept is value:
+            continue
+        if (kept.shape, kept.dtype, kept.device) == (value.shape, value.dtype, value.device):
+            new[name] = kept.copy_(value)
+    return new
 
 
 def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:

@@ -267,7 +267,7 @@ def plan_units(
 ) -> list[SwapUnit]:
     """Pack the paged state of ``parameters`` into units, in order; units never mix devices.
 
-    ``host_memory``, ``unit_size`` and ConfigError are as for ``check_memory``; ``first_index`` is that of the first unit.
+    ``host_memory``, ``unit_size`` and ConfigError are as for ``check_memory``; ``first_index`` is the first unit's.
     """
     unit_size = check_memory(parameters, host_memory, unit_size)
     packer = _Packer(unit_size, first_index)

@@ -1,0 +1,81 @@
+"""The same GPT through accelerate: accumulation, clipping and a scheduler, with the optimizer state on disk.
+
+    torchrun --nproc-per-node 2 examples/train_accelerate.py --cpu --offload /mnt/nvme/run1
+
+Each process keeps its state in a folder of its own below that one. Without --offload the state stays in memory; the
+loss and the fingerprint of the weights at the end are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from gpt import GPT, batches, standard_library
+from rich.progress import track
+
+from offload_opt import OffloadOptimizer
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder")
+    parser.add_argument("--host-memory", default="8MiB", help="host memory for optimizer state (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches an optimizer step")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--cpu", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, cpu=args.cpu)
+    set_seed(1)
+    model = GPT(args.layers, args.width, args.width // 64, args.context)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if args.offload is not None:
+        if accelerator.is_main_process:
+            args.offload.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        optimizer = OffloadOptimizer(optimizer, args.offload, host_memory=args.host_memory)
+    # accelerate steps the scheduler once for each process.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, args.steps * accelerator.num_processes + 1)
+    model, prepared, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    text = standard_library()
+    data = batches(text, args.batch, args.context, seed=accelerator.process_index)  # each process sees other text
+    batch_count = args.steps * args.accumulate
+    loss = torch.zeros(())
+    for tokens in track(islice(data, batch_count), total=batch_count, disable=not accelerator.is_main_process):
+        with accelerator.accumulate(model):
+            loss = model(tokens.to(accelerator.device))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            prepared.step()
+            scheduler.step()
+            prepared.zero_grad()
+
+    weights = hashlib.sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.detach().cpu().numpy().tobytes())
+    loss = accelerator.reduce(loss.detach(), "mean")
+    accelerator.print(f"loss {loss.item():.6f}, weights {weights.hexdigest()[:16]}")
+    if isinstance(optimizer, OffloadOptimizer):
+        stats = optimizer.stats
+        accelerator.print(f"state {stats.state_bytes >> 20} MiB, buffers {stats.host_memory_bytes >> 20} MiB a process")
+        optimizer.close()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

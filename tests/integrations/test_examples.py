@@ -1,0 +1,57 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = ["--steps", "4", "--layers", "2", "--width", "128"]
+
+
+def run(*command: str | Path, timeout: float = 240) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_train_gpt_compares_memory_and_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "by the example"
+    options = ["--offload", folder, "--compare", "--host-memory", "256KiB", *SMALL]
+    table = run(sys.executable, EXAMPLES / "train_gpt.py", *options)
+    assert re.search(r"all 4 losses .*bit-equal", table)
+    assert re.search(r"weights at the end .*bit-equal", table)
+    assert re.search(r"host memory for it .* 0\.\d MiB", table)
+
+
+def test_train_gpt_in_memory_only() -> None:
+    assert "4/4" in run(sys.executable, EXAMPLES / "train_gpt.py", *SMALL)
+
+
+def test_train_gpt_refuses_compare_without_a_folder() -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train_gpt.py", "--compare"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--offload" in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_accelerate(processes: int, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    launch: list[str | Path] = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, EXAMPLES / "train_accelerate.py", "--cpu", *SMALL]
+    in_memory = run(*command)
+    offloaded = run(*command, "--offload", tmp_path / "state", "--host-memory", "256KiB")
+    result = re.search(r"loss \S+, weights \S+", in_memory)
+    assert result is not None
+    assert result[0] in offloaded
+    ranks = [f"rank-{rank:05d}-of-{processes:05d}" for rank in range(processes)]
+    assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ranks
+    assert all(any((tmp_path / "state" / rank / "units").iterdir()) for rank in ranks)

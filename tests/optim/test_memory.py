@@ -1,0 +1,21 @@
+"""host_memory bounds what the optimizer state takes: the benchmark of it, at a smaller size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_peak_memory_stays_within_host_memory_and_32_mib(tmp_path: Path) -> None:
+    options = ["--state", "256MiB", "--host-memory", "32MiB", "--no-save"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "memory.py", tmp_path, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    growth = json.loads(done.stdout.splitlines()[-1])["growth_bytes"]
+    assert growth["offloaded"] <= (32 + 32) << 20
+    assert growth["memory"] > 256 << 20, "the run in memory is to show that the measurement sees the state"
