@@ -45,7 +45,16 @@ void check_end(const Operation& operation) {
                 operation.file->path());
 }
 
+IoError called_off(const IoError& cause) {
+  return IoError(ECANCELED, std::string("not started, because an operation before it failed: ") + cause.what(),
+                 cause.path);
+}
+
 OperationPtr open_operation(TransferSpec spec) {
+  constexpr auto kMaxOffset = static_cast<std::uint64_t>(INT64_MAX);
+  if (spec.offset > kMaxOffset || spec.length > kMaxOffset - spec.offset) {
+    throw std::invalid_argument("file_offset " + std::to_string(spec.offset) + " is beyond any file's end");
+  }
   auto operation = std::make_shared<Operation>(std::move(spec));
   const TransferSpec& opened = operation->spec;
   operation->file = IoFile::open(opened.path, opened.fd, opened.direction);
@@ -241,9 +250,7 @@ void AioHandle::Impl::end(const OperationPtr& operation) {
     if (op.failed() && op.spec.counted) unreported.push_back(operation);
     for (auto& dependent : op.dependents) {
       if (op.failed()) {
-        dependent->fail(IoError(ECANCELED,
-                                "not started, because an operation before it failed: " + std::string(op.error().what()),
-                                op.error().path));
+        dependent->fail(called_off(op.error()));
       }
       if (--dependent->blockers == 0) ready.push_back(std::move(dependent));
     }
@@ -276,7 +283,7 @@ OperationPtr AioHandle::submit(TransferSpec spec) {
     ++impl_->pending;
     for (const auto& before : operation->spec.after) {
       if (before->ended) {
-        if (before->failed()) operation->fail(IoError(ECANCELED, before->error().what(), before->error().path));
+        if (before->failed()) operation->fail(called_off(before->error()));
         continue;
       }
       before->dependents.push_back(operation);

@@ -40,6 +40,9 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
     file->access_ = flags & O_ACCMODE;
     const bool wrong_way = file->access_ == (direction == Direction::kRead ? O_WRONLY : O_RDONLY);
     if (wrong_way) throw IoError(EBADF, "the descriptor is not open in this direction", file->path_);
+    if (direction == Direction::kWrite && (flags & O_APPEND) != 0) {
+      throw IoError(EINVAL, "the descriptor appends: the system would ignore the offset", file->path_);
+    }
     // A copy now: the caller may close its descriptor while the operation runs.
     const int copy = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (copy < 0) throw IoError(errno, std::strerror(errno), file->path_);
@@ -56,6 +59,7 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
   } else {
     file->find_alignment();
   }
+  file->check_has_offsets();
   return file;
 }
 
@@ -106,8 +110,17 @@ void IoFile::find_alignment() {
   granule_ = std::max({offset_alignment, page_size(), block});
 }
 
+int IoFile::any_fd() const { return direct_fd_ >= 0 ? direct_fd_ : buffered_fd_.load(); }
+
+void IoFile::check_has_offsets() const {
+  struct stat status{};
+  if (::fstat(any_fd(), &status) != 0) throw IoError(errno, std::strerror(errno), path_);
+  if (S_ISDIR(status.st_mode)) throw IoError(EISDIR, std::strerror(EISDIR), path_);
+  if (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode)) throw IoError(ESPIPE, std::strerror(ESPIPE), path_);
+}
+
 std::uint64_t IoFile::size() const {
-  const int fd = direct_fd_ >= 0 ? direct_fd_ : buffered_fd_.load();
+  const int fd = any_fd();
   struct stat status{};
   if (::fstat(fd, &status) != 0) throw IoError(errno, std::strerror(errno), path_);
   if (S_ISREG(status.st_mode)) return static_cast<std::uint64_t>(status.st_size);

@@ -52,6 +52,8 @@ class IoFile {
   IoFile() = default;
   int reopen(int flags) const;
   void find_alignment();
+  int any_fd() const;
+  void check_has_offsets() const;  // throws for a pipe, a socket or a folder
 
   std::string path_;         // for messages; "<fd 7>" for a descriptor
   std::string reopen_path_;  // opens the same file again

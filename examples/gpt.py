@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts each next byte. ``forward`` gives the mean cross-entropy, in nats, of (batch, context + 1) ``tokens``."""
+    """Predicts each next byte. ``forward`` gives the mean cross-entropy, in nats, of ``tokens`` (batch, length + 1)."""
 
     def __init__(self, layers: int = 8, width: int = 512, heads: int = 8, context: int = 128) -> None:
         super().__init__()

@@ -80,6 +80,9 @@ class AioHandle:
         *,
         engine: str = "auto",
     ) -> None:
+        for name, value in (("block_size", block_size), ("queue_depth", queue_depth), ("num_threads", num_threads)):
+            if value < 1:
+                raise ConfigError(f"{name} must be positive, not {value}")
         self._settings = (block_size, queue_depth, bool(single_submit), bool(overlap_events), num_threads)
         self.engine = choose_engine(engine)
         self._handle = _C.Handle(block_size, queue_depth, single_submit, overlap_events, num_threads, self.engine)
@@ -223,8 +226,12 @@ class AioHandle:
     def __enter__(self) -> AioHandle:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: object, *exc_info: object) -> None:
+        try:
+            if exc_type is None:
+                self.wait()  # an error that nobody was told of must not go with the handle
+        finally:
+            self.close()
 
     def __repr__(self) -> str:
         block, depth, _, _, threads = self._settings
@@ -280,7 +287,12 @@ def _address(buffer: Any, *, writable: bool) -> tuple[int, int, Any]:
             raise TypeError(f"buffer must be a CPU tensor, not one on {buffer.device}")
         if buffer.layout is not torch.strided or not buffer.is_contiguous():
             raise ValueError("buffer must be contiguous: a strided view has bytes between its elements")
-        return buffer.data_ptr(), buffer.nbytes, buffer
+        if buffer.is_conj() or buffer.is_neg():
+            raise ValueError(
+                "buffer is a lazy conjugate or negative, whose memory holds other values: resolve it first"
+            )
+        # Not the tensor itself: its memory may be taken from it by assigning to .data.
+        return buffer.data_ptr(), buffer.nbytes, buffer.detach()
     try:
         view = memoryview(buffer)
     except TypeError:
@@ -297,8 +309,8 @@ def _address(buffer: Any, *, writable: bool) -> tuple[int, int, Any]:
 
 def _file(filename: str | os.PathLike[str] | int, offset: int) -> tuple[bytes, int]:
     """(path, -1) or (empty, file descriptor)."""
-    if offset < 0:
-        raise ValueError(f"file_offset must not be negative: {offset}")
+    if not 0 <= offset < 1 << 63:
+        raise ValueError(f"file_offset must not be negative, nor beyond any file's end: {offset}")
     if isinstance(filename, int):
         if filename < 0 or isinstance(filename, bool):
             raise ValueError(f"filename must be a path or an open file descriptor, not {filename}")
@@ -331,7 +343,7 @@ def _allocate_locked(size: int) -> _C.LockedMemory | None:
             f"could not lock {memory.size} bytes into memory ({memory.why_not_locked}); going on with ordinary memory. "
             "Raise the limit (ulimit -l, or LimitMEMLOCK for a service) so that the buffers cannot be swapped out.",
             OffloadWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if torch.cuda.is_available():
         error = int(_cuda_runtime().cudaHostRegister(memory.address, memory.size, 1))  # 1: portable over devices

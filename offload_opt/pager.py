@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -66,6 +66,9 @@ class ParameterPager:
         # For the time of a step: the groups as they were before it, and as the inner optimizer left them.
         self._groups: list[dict[str, Any]] = []
         self._groups_after: dict[int, dict[str, Any]] = {}
+        self._listed: list[
+            Counter[int]
+        ] = []  # how often each group lists a parameter, by id: torch steps it that often
 
     def step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update every parameter that has a gradient; the same as the inner optimizer's step over ``groups``."""
@@ -78,6 +81,7 @@ class ParameterPager:
         self.plan(groups, [key for key in active if key not in self._entries])
         self._groups = [dict(group) for group in groups]
         self._groups_after = {}
+        self._listed = [Counter(map(id, group["params"])) for group in groups]
         try:
             self._update_unpaged([key for key in active if not self._entries[key].pieces])
             units = {unit: None for key in active for unit, _ in self._entries[key].pieces}
@@ -213,7 +217,7 @@ class ParameterPager:
         for chunk in batch:
             group = chunk.piece.key[0]
             state[chunk.target] = chunk.state
-            targets[group].extend([chunk.target] * self._multiplicity(chunk.piece.key))
+            targets[group].extend([chunk.target] * self._listed[group][id(self._parameter(chunk.piece.key))])
         self._step_inner(targets, state)
         for chunk in batch:
             self._adopt(chunk, state[chunk.target])
@@ -229,7 +233,7 @@ class ParameterPager:
             resident = self._entries[key].resident
             if resident is not None:
                 state[parameter] = resident
-            targets[key[0]].extend([parameter] * self._multiplicity(key))
+            targets[key[0]].extend([parameter] * self._listed[key[0]][id(parameter)])
         self._step_inner(targets, state)
         for key in keys:
             parameter = self._parameter(key)
@@ -267,11 +271,6 @@ class ParameterPager:
         parameter = self._groups[key[0]]["params"][key[1]]
         assert isinstance(parameter, torch.Tensor)
         return parameter
-
-    def _multiplicity(self, key: Key) -> int:
-        """How often the group lists the parameter: torch steps a duplicate twice."""
-        parameter = self._parameter(key)
-        return sum(other is parameter for other in self._groups[key[0]]["params"])
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor]:

@@ -49,6 +49,11 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+# A forked child shares the lock's open file, and would hold the store after its parent has let go of it or has died.
+_open_stores: weakref.WeakSet[SwapStore] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [store.close() for store in list(_open_stores)])
+
+
 def check_folder(path: str | os.PathLike[str]) -> Path:
     """Raise ConfigError unless ``path`` is a folder that files can be made in. Touches nothing."""
     folder = Path(path)
@@ -101,7 +106,8 @@ class SwapStore:
         self._units = folder / "units"
         for path in (self.folder, self._units):
             path.mkdir(mode=0o700, exist_ok=True)
-        self._release_lock = weakref.finalize(self, os.close, _lock(self.folder / "LOCK"))
+        self._release_lock = weakref.finalize(self, _unlock, _lock(self.folder / "LOCK"), os.getpid())
+        _open_stores.add(self)
         self._data_start: dict[SwapUnit, int] = {}
 
     def create(self, units: Sequence[SwapUnit]) -> None:
@@ -138,8 +144,9 @@ class SwapStore:
         self._handle.sync_pread(data, self.path_of(unit), self._data_start[unit] + tensor.offset)
 
     def close(self) -> None:
-        """Let go of the lock. The files stay."""
+        """Let go of the lock. The files stay. In a forked child: of its copy; the lock is the parent's."""
         self._release_lock()
+        _open_stores.discard(self)
 
     def _create_file(self, path: Path, header: bytes, nbytes: int) -> int:
         """Make a unit file. Returns where its data starts."""
@@ -151,6 +158,7 @@ class SwapStore:
         except OSError as error:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = str(path)
                 raise
             disk = os.statvfs(self.folder)
             raise StoreError(
@@ -189,6 +197,13 @@ def _lock(path: Path) -> int:
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
+
+
+def _unlock(fd: int, owner: int) -> None:
+    """Let go of the lock, at once if this is the process that took it. A forked child only closes its copy of the file."""
+    if os.getpid() == owner:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def _header(unit: SwapUnit) -> bytes:

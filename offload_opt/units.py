@@ -172,7 +172,7 @@ class Chunking:
     max_elements: int
 
     def largest(self, limit: int) -> int:
-        """The most elements, at most ``limit``, that form a chunk with no scalar code inside or at its end. 0: none."""
+        """As many elements, at most ``limit``, as form a chunk with no scalar code inside or at its end. 0: none."""
         length = min(limit, self.max_elements)
         while length > 0:
             step = _VECTOR * self._runs(length)
@@ -184,9 +184,9 @@ class Chunking:
 
     def cut(self, numel: int, limit: int) -> list[int]:
         """Cut 0..numel into chunks of at most ``limit`` elements that are updated bit for bit as the whole would be."""
-        chunk = self.largest(limit)
-        if numel <= chunk:
+        if numel <= min(limit, self.max_elements):
             return [0, numel]
+        chunk = self.largest(limit)
         cuts = [0]
         runs = 1 if self.cuts_anywhere else self._runs(numel)
         run = -(-numel // runs)
@@ -328,10 +328,11 @@ def _chunks_of(parameter: ParameterPlan, unit_size: int) -> list[int]:
     """The elements at which a parameter may be cut, so that each chunk's state fits a unit."""
     if parameter.template.paging is Paging.WHOLE:
         return [0, parameter.numel]
-    limit = unit_size // parameter.template.bytes_per_element
-    while _piece_bytes(parameter, limit) > unit_size:  # the alignment of the tensors takes a little
-        limit -= _VECTOR
-    return parameter.chunking.cut(parameter.numel, max(limit, 1))
+    if _piece_bytes(parameter, parameter.numel) <= unit_size:
+        limit = parameter.numel
+    else:  # in whole vectors, so that the alignment of the tensors takes nothing
+        limit = unit_size // parameter.template.bytes_per_element // _VECTOR * _VECTOR
+    return parameter.chunking.cut(parameter.numel, limit)
 
 
 def _bytes_of(parameter: ParameterPlan, start: int, stop: int) -> int:

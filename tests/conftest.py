@@ -14,6 +14,10 @@ import torch
 
 from offload_opt import _C
 
+# What is imported by now stays; collecting after each test need not look at it again.
+gc.collect()
+gc.freeze()
+
 
 def pytest_report_header() -> str:
     """The seed of the randomised tests: OFFLOAD_OPT_TEST_SEED repeats a run."""
