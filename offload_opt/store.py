@@ -51,7 +51,14 @@ _SAFETENSORS_DTYPES = {
 
 # A forked child shares the lock's open file, and would hold the store after its parent has let go of it or has died.
 _open_stores: weakref.WeakSet[SwapStore] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [store.close() for store in list(_open_stores)])
+
+
+def _let_go_in_child() -> None:
+    for store in list(_open_stores):
+        store.close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
@@ -200,7 +207,7 @@ def _lock(path: Path) -> int:
 
 
 def _unlock(fd: int, owner: int) -> None:
-    """Let go of the lock, at once if this is the process that took it. A forked child only closes its copy of the file."""
+    """Let go of the lock, if this is the process that took it. A forked child only closes its copy of the file."""
     if os.getpid() == owner:
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)

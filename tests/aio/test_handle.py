@@ -924,9 +924,9 @@ def test_descriptors_and_threads_are_given_back(engine: str, tmp_path: Path) -> 
     work()
     # The kernel may list a thread a moment longer than it takes to join it.
     deadline = time.monotonic() + 10
-    while counts() != before and time.monotonic() < deadline:
+    while counts() > before and time.monotonic() < deadline:
         os.sched_yield()
-    assert counts() == before
+    assert counts() <= before  # in `before`, too, a thread may be listed that is about to go
 
 
 LEAVE_WITH_WORK_PENDING = """
