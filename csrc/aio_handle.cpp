@@ -180,10 +180,15 @@ struct AioHandle::Impl {
     if (closed) throw std::invalid_argument("the AioHandle is closed");
   }
 
-  // Queues an operation whose `after` have ended.
-  void start(const OperationPtr& operation);
-  // Completes an operation whose spans have ended, and starts those that waited for it.
+  // Queues an operation whose `after` have ended. Ends it instead where it has failed, or has nothing to move.
+  void start(const OperationPtr& operation) {
+    if (!queue(operation)) end(operation);
+  }
+  // Completes an operation whose spans have ended, and starts those that waited for it: in a loop, for a chain may be
+  // long.
   void end(const OperationPtr& operation);
+  bool queue(const OperationPtr& operation);                        // false: there is nothing to wait for
+  std::vector<OperationPtr> finish(const OperationPtr& operation);  // returns those that waited for it alone
 
   const HandleConfig config;
   const EngineFactory make_engine;
@@ -203,7 +208,7 @@ struct AioHandle::Impl {
   std::vector<std::unique_ptr<Worker>> workers;  // last: their threads use everything above
 };
 
-void AioHandle::Impl::start(const OperationPtr& operation) {
+bool AioHandle::Impl::queue(const OperationPtr& operation) {
   Operation& op = *operation;
   op.spec.after.clear();  // a chain of operations must not keep its past alive
   if (!op.failed()) {
@@ -215,10 +220,7 @@ void AioHandle::Impl::start(const OperationPtr& operation) {
   }
   const std::uint64_t begin = op.spec.offset;
   const std::uint64_t end_offset = begin + op.spec.length;
-  if (op.failed() || op.spec.length == 0) {
-    end(operation);
-    return;
-  }
+  if (op.failed() || op.spec.length == 0) return false;
   // Up to one span a worker, cut on block boundaries of the file.
   std::vector<std::uint64_t> cuts{begin};
   const std::uint64_t granule = op.file->granule();
@@ -234,9 +236,21 @@ void AioHandle::Impl::start(const OperationPtr& operation) {
   for (unsigned i = 0; i < count; ++i) {
     workers[(first + i) % workers.size()]->add(Span{operation, cuts[i], cuts[i + 1]});
   }
+  return true;
 }
 
 void AioHandle::Impl::end(const OperationPtr& operation) {
+  std::vector<OperationPtr> ended{operation};
+  while (!ended.empty()) {
+    const OperationPtr next = std::move(ended.back());
+    ended.pop_back();
+    for (auto& ready : finish(next)) {
+      if (!queue(ready)) ended.push_back(std::move(ready));
+    }
+  }
+}
+
+std::vector<OperationPtr> AioHandle::Impl::finish(const OperationPtr& operation) {
   Operation& op = *operation;
   if (op.spec.validate && !op.failed()) validate(op);
   op.file.reset();
@@ -257,7 +271,7 @@ void AioHandle::Impl::end(const OperationPtr& operation) {
     op.dependents.clear();
     ended_cv.notify_all();
   }
-  for (const auto& next : ready) start(next);
+  return ready;
 }
 
 AioHandle::AioHandle(const HandleConfig& config, EngineFactory make_engine)
@@ -370,6 +384,8 @@ void AioHandle::close() {
     workers.swap(impl_->workers);
   }
   for (auto& worker : workers) worker->stop();
+  std::lock_guard lock(impl_->inline_mutex);
+  impl_->inline_pump.reset();
 }
 
 const HandleConfig& AioHandle::config() const { return impl_->config; }

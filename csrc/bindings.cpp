@@ -5,6 +5,7 @@
 // Python-side calls touch; worker threads never see Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -180,6 +181,13 @@ py::list engines() {
   return rows;
 }
 
+// Leaves [data, data + size), whole pages, out of children of fork().
+void exclude_from_fork(std::uintptr_t data, std::size_t size) {
+#ifdef MADV_DONTFORK
+  ::madvise(reinterpret_cast<void*>(data), size, MADV_DONTFORK);
+#endif
+}
+
 // Gives the pages of freed memory back to the system, where the allocator can.
 void trim_heap() {
 #ifdef __GLIBC__
@@ -248,4 +256,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("engines", &engines);
   module.def("page_size", &page_size);
   module.def("trim_heap", &trim_heap);
+  module.def("exclude_from_fork", &exclude_from_fork, py::arg("data"), py::arg("size"));
 }

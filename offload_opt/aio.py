@@ -207,6 +207,13 @@ class AioHandle:
         """Let go of a tensor of ``new_cpu_locked_tensor``: its last view frees its memory. False: not one of ours."""
         return _kept.pop(tensor.data_ptr(), None) is not None
 
+    def exclude_from_fork(self, tensor: torch.Tensor) -> None:
+        """Leave a locked tensor out of forked children, which would each keep a copy of all that changes in it.
+
+        A child that touches it all the same ends with a segmentation fault.
+        """
+        _C.exclude_from_fork(tensor.data_ptr(), -(-tensor.nbytes // _C.page_size()) * _C.page_size())
+
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in memory that any handle of this process gave out, or that torch has pinned."""
         if tensor.device.type != "cpu":

@@ -10,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from .aio import AioHandle, IoFuture
 
+MAX_BUFFERS = 256
+"""Each transfer under way holds a file open, and an ordinary process may open 1024. More would gain nothing."""
+
 
 @dataclasses.dataclass(eq=False)
 class PinnedBuffer:
@@ -36,7 +39,7 @@ class BufferPool:
     @property
     def capacity(self) -> int:
         """How many buffers there can be."""
-        return self._limit // self.buffer_size if self.buffer_size else 0
+        return min(self._limit // self.buffer_size, MAX_BUFFERS) if self.buffer_size else 0
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +59,7 @@ class BufferPool:
         if len(self._buffers) >= self.capacity:
             return None
         data = self._handle.new_cpu_locked_tensor(self.buffer_size, torch.empty(0, dtype=torch.uint8))
+        self._handle.exclude_from_fork(data)
         buffer = PinnedBuffer(data)
         self._buffers.append(buffer)
         return buffer

@@ -16,7 +16,7 @@ class UnsupportedOptimizerError(OffloadError, TypeError):
 
 
 class StoreError(OffloadError):
-    """A store that cannot be used: another process owns it, or its files are not what they should be."""
+    """A store that cannot be used: another process or optimizer owns it, or the disk is full."""
 
 
 class StepFailedError(OffloadError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
@@ -15,7 +16,7 @@ from .aio import AioHandle
 from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer, register
-from .pager import ParameterPager, check_states, parameters_of, plan_parameters
+from .pager import ParameterPager, parameters_of, plan_parameters, plan_states
 from .state_dict import PagedState, Unconverted, hide_from_conversion
 from .store import SwapStore, check_folder, check_space, rank_folder
 from .swap_manager import SwapManager
@@ -61,7 +62,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         else:
             self.config = OffloadConfig.build(path, **fields)
         inner = _check_optimizer(optimizer)
-        folder = rank_folder(check_folder(self.config.path), *_rank_and_world_size())
+        folder = rank_folder(check_folder(self.config.path).resolve(), *_rank_and_world_size())
         host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
         plans = _plan_trainable(inner)
         check_memory(plans, host_memory, unit_size)
@@ -85,12 +86,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise
         self._manager = SwapManager(handle, store, host_memory, self._stats)
         self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
-        self._shut_down = weakref.finalize(self, _shut_down, os.getpid(), self._manager, handle, store)
+        self._pid = os.getpid()
+        self._folder = folder
+        self._shut_down = weakref.finalize(self, _shut_down, self._pid, optimizer, self._manager, handle, store)
 
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share_with(optimizer)
-        # State that the inner optimizer brings along. It goes to the disk at the first step.
-        self._brought = {p: state for p, state in optimizer.state.items() if state}
+        self._pager.bring(self.param_groups, optimizer.state)
         optimizer.state = defaultdict(dict)
         self.state = cast(Any, PagedState(self._pager, lambda: self.param_groups))
         _wrapped.add(optimizer)
@@ -143,9 +145,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         started = time.perf_counter()
-        if self._brought:
-            self._pager.page_out(self.param_groups, self._brought)
-            self._brought = {}
         self._pager.step(self.param_groups)
         self._stats.step_seconds += time.perf_counter() - started
         self._stats.steps += 1
@@ -153,7 +152,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as on the wrapped optimizer. Its state gets its place at the next step with gradients."""
-        if "_brought" not in vars(self):  # from Optimizer.__init__, with the wrapped optimizer's own groups
+        if not isinstance(self.state, PagedState):  # from Optimizer.__init__, with the wrapped optimizer's own groups
             super().add_param_group(param_group)
             return
         self._check_open()
@@ -162,8 +161,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's ``state_dict()``. It holds copies of all state, in memory and on the CPU."""
         self._check_open()
+        self._manager.check()
         paged = cast(PagedState, self.state)
-        self.state = cast(Any, {**self._brought, **paged.load()})
+        self.state = cast(Any, paged.load())
         try:
             return super().state_dict()
         finally:
@@ -187,11 +187,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Torch's ``load_state_dict`` hands over the new groups, and the state by parameter."""
         hidden: dict[Any, Any] = state["state"]
         states = {p: value.state for p, value in hidden.items() if isinstance(value, Unconverted) and value.state}
-        check_states(self._inner, state["param_groups"], states)  # before anything is given up
+        # Everything that can be refused is, before the old state is given up.
+        plans = plan_states(self._inner, state["param_groups"], states)
+        check_memory(plans, cast(int, self.config.host_memory), cast("int | None", self.config.unit_size))
+        check_space(self._folder, state_bytes(plans))
         optimizer = self._inner.optimizer
         optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
         self.param_groups = optimizer.param_groups
-        self._brought = {}
         self._pager.replace_all(self.param_groups, states)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +207,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Finish what is under way, free the memory and let go of the folder. The optimizer cannot be used any more.
 
-        Raises OSError where a transfer of the last step failed, after everything has been let go of.
+        The wrapped optimizer has no state then: to go on with it, load the ``state_dict()`` from before into it. Raises
+        OSError where a transfer of the last step failed, after everything has been let go of.
         """
         if not self._shut_down.alive:
             return
@@ -214,7 +217,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 self._manager.synchronize()
         finally:
             self._shut_down()
-            _wrapped.discard(self._inner.optimizer)
 
     def __enter__(self) -> OffloadOptimizer:
         return self
@@ -230,6 +232,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise OffloadError("this OffloadOptimizer is closed")
         if not isinstance(self.state, PagedState):
             raise OffloadError("the optimizer's state attribute was replaced; change the state with load_state_dict()")
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                "this OffloadOptimizer was made before fork(), in the parent process, and works only there"
+            )
+        inner = self._inner.optimizer
+        if inner.state or inner.param_groups is not self.param_groups:
+            raise OffloadError(
+                "the wrapped optimizer was stepped or loaded by itself, or its groups were replaced: use the "
+                "OffloadOptimizer's step() and load_state_dict() instead"
+            )
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> InnerOptimizer:
@@ -259,10 +271,14 @@ def _rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _shut_down(pid: int, manager: SwapManager, handle: AioHandle, store: SwapStore) -> None:
+def _shut_down(
+    pid: int, inner: torch.optim.Optimizer, manager: SwapManager, handle: AioHandle, store: SwapStore
+) -> None:
     """Runs at close(), garbage collection or interpreter exit; not in a forked child: what is open is the parent's."""
     if os.getpid() != pid:
         return
-    manager.close()
-    handle.close()
-    store.close()
+    _wrapped.discard(inner)
+    with contextlib.ExitStack() as stack:  # each, whatever becomes of the others
+        stack.callback(store.close)
+        stack.callback(handle.close)
+        stack.callback(manager.close)

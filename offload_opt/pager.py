@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +35,7 @@ class _Entry:
     """Where one parameter's state is: in the pieces of units or, when there is nothing to page, in ``resident``."""
 
     plan: ParameterPlan
+    owner: weakref.ref[torch.Tensor]
     pieces: list[tuple[SwapUnit, Piece]] = dataclasses.field(default_factory=list)
     resident: dict[str, Any] | None = None
 
@@ -63,6 +65,7 @@ class ParameterPager:
         self._host_memory = host_memory
         self._unit_size = unit_size
         self._entries: dict[Key, _Entry] = {}
+        self._brought: dict[Key, ParameterState] = {}  # state in memory that goes to the disk at the next step
         # For the time of a step: the groups as they were before it, and as the inner optimizer left them.
         self._groups: list[dict[str, Any]] = []
         self._groups_after: dict[int, dict[str, Any]] = {}
@@ -72,26 +75,44 @@ class ParameterPager:
 
     def step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update every parameter that has a gradient; the same as the inner optimizer's step over ``groups``."""
-        active = {key: p for key, p in parameters_of(groups).items() if p.grad is not None}
+        active = {key: p for key, p in self.parameters(groups).items() if p.grad is not None}
         for key, parameter in active.items():
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                raise UnsupportedOptimizerError(
-                    f"{_name(groups, key)} has a sparse gradient: its state cannot be paged"
-                )
+            self._check_as_planned(groups, key, parameter)
+        self._page_out_brought(groups)
         self.plan(groups, [key for key in active if key not in self._entries])
         self._groups = [dict(group) for group in groups]
         self._groups_after = {}
         self._listed = [Counter(map(id, group["params"])) for group in groups]
         try:
-            self._update_unpaged([key for key in active if not self._entries[key].pieces])
-            units = {unit: None for key in active for unit, _ in self._entries[key].pieces}
+            self._update_unpaged([key for key in active if not self._entries[key].pieces], {key[0] for key in active})
+            units = {unit: None for key in active if key in self._entries for unit, _ in self._entries[key].pieces}
             self._manager.walk(sorted(units, key=lambda unit: unit.index), self._update)
+        except BaseException as error:
+            self._manager.fail(error)  # some parameters are updated, and others are not
+            raise
         finally:
             self._groups = []
         for index, after in self._groups_after.items():
             for name, value in after.items():
-                if name != "params" and groups[index].get(name) is not value:
+                if groups[index].get(name) is not value:
                     groups[index][name] = value
+        self._page_out_brought(groups)
+
+    def bring(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
+        """Take over state that the inner optimizer has in memory. It goes to the disk at the next step."""
+        self._brought = {key: states[p] for key, p in parameters_of(groups).items() if states.get(p)}
+
+    def parameters(self, groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor]:
+        """Every parameter once, by its place. Raises OffloadError where one has changed its place."""
+        parameters = parameters_of(groups)
+        places = {id(owner): key for key, entry in self._entries.items() if (owner := entry.owner()) is not None}
+        for key, parameter in parameters.items():
+            if places.get(id(parameter), key) != key:
+                raise OffloadError(
+                    f"{self._entries[places[id(parameter)]].plan.name} has changed its place in the param_groups, by "
+                    "which its state is kept: groups and parameters may be added, but not removed or reordered"
+                )
+        return parameters
 
     def plan(self, groups: Sequence[dict[str, Any]], keys: Sequence[Key]) -> list[SwapUnit]:
         """Give the parameters at ``keys`` their place in new units, with the files for them. Returns the new units."""
@@ -100,15 +121,18 @@ class ParameterPager:
         plans = plan_parameters(self._inner, groups, keys)
         units = plan_units(plans, self._host_memory, self._unit_size, first_index=len(self._manager.units))
         self._manager.add(units)
-        self._entries.update((plan.key, _Entry(plan)) for plan in plans)
+        parameters = parameters_of(groups)
+        self._entries.update((plan.key, _Entry(plan, weakref.ref(parameters[plan.key]))) for plan in plans)
         for unit in units:
             for piece in unit.pieces:
                 self._entries[piece.key].pieces.append((unit, piece))
         return units
 
-    def page_out(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
-        """Store the given states as those of their parameters, which must not have any here yet."""
-        keyed = {key: states[p] for key, p in parameters_of(groups).items() if p in states}
+    def _page_out_brought(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Store the state that was brought along: that of parameters which have none here yet."""
+        if not self._brought:
+            return
+        keyed = self._brought
         units = self.plan(groups, list(keyed))
 
         def fill(unit: SwapUnit, data: torch.Tensor) -> None:
@@ -125,23 +149,29 @@ class ParameterPager:
         for key, state in keyed.items():
             if not self._entries[key].pieces:
                 self._entries[key].resident = _resident_from(self._entries[key].plan.template, state)
+        self._brought = {}
 
     def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
         """Drop all state, on disk and in memory, and store the given one."""
-        self._entries.clear()
-        self._manager.forget_all()
         try:
-            self.page_out(groups, states)
+            self._entries.clear()
+            self._manager.forget_all()
+            self.bring(groups, states)
+            self._page_out_brought(groups)
         except BaseException as error:
             self._manager.fail(error)  # there is neither the old state nor the new one
             raise
 
     def keys_with_state(self) -> Iterator[Key]:
         """The parameters that the optimizer has made state for."""
-        return (key for key, entry in sorted(self._entries.items()) if entry.small_state is not None)
+        self._manager.check()
+        kept = {key for key, entry in self._entries.items() if entry.small_state is not None}
+        return iter(sorted(kept | set(self._brought)))
 
     def names(self, key: Key) -> list[str]:
         """The names of a parameter's state, in the inner optimizer's order. Empty when it has none."""
+        if key in self._brought:
+            return list(self._brought[key])
         entry = self._entries.get(key)
         if entry is None or entry.small_state is None:
             return []
@@ -151,6 +181,8 @@ class ParameterPager:
 
     def read(self, key: Key, name: str) -> Any:
         """A copy of one value of a parameter's state. Tensors of paged state come from the disk, and are on the CPU."""
+        if key in self._brought:
+            return _copy(self._brought[key][name])
         entry = self._entries[key]
         if entry.small_state is not None and name in entry.small_state:
             return _copy(entry.small_state[name])
@@ -222,12 +254,16 @@ class ParameterPager:
         for chunk in batch:
             self._adopt(chunk, state[chunk.target])
 
-    def _update_unpaged(self, keys: Sequence[Key]) -> None:
-        """Update parameters whose state has nothing to page: zero-size ones, or an optimizer that keeps none."""
-        if not keys:
-            return
+    def _update_unpaged(self, keys: Sequence[Key], busy_groups: set[int]) -> None:
+        """Update parameters whose state has nothing to page: zero-size ones, or an optimizer that keeps none.
+
+        Groups without any gradient come along with no parameters, for what a step may do to the groups themselves.
+        """
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         targets: dict[int, list[torch.Tensor]] = defaultdict(list)
+        targets.update((index, []) for index in range(len(self._groups)) if index not in busy_groups)
+        if not keys and not targets:
+            return
         for key in keys:
             parameter = self._parameter(key)
             resident = self._entries[key].resident
@@ -237,34 +273,50 @@ class ParameterPager:
         self._step_inner(targets, state)
         for key in keys:
             parameter = self._parameter(key)
-            if parameter in state:
+            if parameter not in state:
+                continue
+            if any(map(_is_large, state[parameter].values())):  # SGD whose momentum was turned on, for example
+                self._brought[key] = state[parameter]
+                del self._entries[key]
+            else:
                 self._entries[key].resident = dict(state[parameter])
-                for name, value in state[parameter].items():
-                    self._check_small(key, name, value)
 
     def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
         lent = {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
         self._inner.step_on(list(lent.values()), state)
-        self._groups_after.update(lent)
+        for index, group in lent.items():  # without the parameters: their gradients would outlive zero_grad()
+            self._groups_after[index] = {name: value for name, value in group.items() if name != "params"}
 
     def _adopt(self, chunk: _Chunk, state: dict[str, Any]) -> None:
         """Take over what the inner optimizer left as a chunk's state."""
         small: dict[str, Any] = {}
         for name, value in state.items():
             if name not in chunk.views:
-                self._check_small(chunk.piece.key, name, value)
+                if _is_large(value):
+                    raise OffloadError(
+                        f"{self._inner.name} made a new state tensor {name!r} for {chunk.piece.name}, which it did not "
+                        "keep when the parameter's place was planned: the options that decide it must stay as they were"
+                    )
                 small[name] = value
             elif value is not chunk.views[name]:
                 chunk.views[name].copy_(value)
         if chunk.is_last:
             chunk.piece.resident = _updated(chunk.piece.resident or {}, small)
 
-    def _check_small(self, key: Key, name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0:
+    def _check_as_planned(self, groups: Sequence[dict[str, Any]], key: Key, parameter: torch.Tensor) -> None:
+        """Raise unless the parameter, and its gradient, are such as its state was laid out for."""
+        assert parameter.grad is not None
+        if parameter.grad.layout is not torch.strided:
+            raise UnsupportedOptimizerError(f"{_name(groups, key)} has a sparse gradient: its state cannot be paged")
+        if key not in self._entries:
+            return
+        plan = self._entries[key].plan
+        now = (tuple(parameter.shape), tuple(parameter.stride()), parameter.dtype, parameter.device)
+        planned = (plan.shape, plan.stride, plan.dtype, plan.device)
+        if now != planned:
             raise OffloadError(
-                f"{self._inner.name} made a new state tensor {name!r} for {self._entries[key].plan.name}, which it did "
-                "not keep when the parameter's place in the store was planned: were its options changed? Save "
-                "state_dict(), and wrap the optimizer anew"
+                f"{plan.name} is not what its state was laid out for any more: shape, stride, dtype and device were "
+                f"{planned} and are {now}. load_state_dict(state_dict()) lays the state out anew"
             )
 
     def _parameter(self, key: Key) -> torch.Tensor:
@@ -306,17 +358,19 @@ def plan_parameters(
         device = parameter.device
         chunking: Chunking = inner.chunking_for(group, device)
         shape, stride = tuple(parameter.shape), tuple(parameter.stride())
-        plans.append(ParameterPlan(key, _name(groups, key), shape, stride, template, device, chunking))
+        plans.append(ParameterPlan(key, _name(groups, key), shape, stride, parameter.dtype, template, device, chunking))
     return plans
 
 
-def check_states(
+def plan_states(
     inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], states: Mapping[torch.Tensor, ParameterState]
-) -> None:
-    """Raise ConfigError unless ``states`` are such as ``inner`` keeps with the options of ``groups``."""
+) -> list[ParameterPlan]:
+    """Plans for given states. Raises ConfigError unless ``inner`` keeps such states with the options of ``groups``."""
     places = {key: p for key, p in parameters_of(groups).items() if p in states}
-    for plan in plan_parameters(inner, groups, list(places)):
+    plans = plan_parameters(inner, groups, list(places))
+    for plan in plans:
         _check_complete(plan, states[places[plan.key]])
+    return plans
 
 
 def _name(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
@@ -348,6 +402,11 @@ def _in_memory_order(tensor: torch.Tensor, shape: Sequence[int], stride: Sequenc
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def _is_large(value: Any) -> bool:
+    """Whether a value of an optimizer's state is to be paged: a tensor with dimensions and elements."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0
+
+
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
 
@@ -373,7 +432,7 @@ def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
             raise ConfigError(f"the state of {plan.name} should have {tensor.name!r} of shape {shape}, but has {what}")
     paged = {tensor.name for tensor in plan.template.paged}
     for name, value in state.items():
-        if name not in paged and isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0:
+        if name not in paged and _is_large(value):
             raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
 
 

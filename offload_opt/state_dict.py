@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from .pager import Key, ParameterPager, parameters_of
+from .pager import Key, ParameterPager
 
 
 class PagedParameterState:
@@ -66,7 +66,7 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
         self._groups = groups
 
     def __getitem__(self, parameter: torch.Tensor) -> PagedParameterState:
-        for key, other in parameters_of(self._groups()).items():
+        for key, other in self._pager.parameters(self._groups()).items():
             if other is parameter:
                 return PagedParameterState(self._pager, key)
         raise KeyError("not a parameter of this optimizer")
@@ -76,8 +76,7 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
             raise TypeError("the state lies in the store: change it with load_state_dict()")
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        parameters = parameters_of(self._groups())
-        return (parameters[key] for key in self._pager.keys_with_state() if key in parameters)
+        return (parameter for parameter, _ in self._pairs())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -85,15 +84,23 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
     def __contains__(self, parameter: object) -> bool:
         return any(parameter is other for other in self)
 
-    def items(self) -> ItemsView[torch.Tensor, PagedParameterState]:
-        return ItemsView(self)
+    def items(self) -> list[tuple[torch.Tensor, PagedParameterState]]:  # type: ignore[override]
+        """Parameters, and what reads their state."""
+        return list(self._pairs())
 
-    def values(self) -> ValuesView[PagedParameterState]:
-        return ValuesView(self)
+    def values(self) -> list[PagedParameterState]:  # type: ignore[override]
+        """What reads each parameter's state."""
+        return [state for _, state in self._pairs()]
 
     def load(self) -> dict[torch.Tensor, dict[str, Any]]:
         """All of it, in memory."""
         return {parameter: dict(state.items()) for parameter, state in self.items()}
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, PagedParameterState]]:
+        parameters = self._pager.parameters(self._groups())
+        for key in self._pager.keys_with_state():
+            if key in parameters:
+                yield parameters[key], PagedParameterState(self._pager, key)
 
 
 class Unconverted:

@@ -131,7 +131,7 @@ class SwapStore:
     def forget(self, units: Sequence[SwapUnit]) -> None:
         """Delete the files of units that are no longer wanted."""
         for unit in units:
-            del self._data_start[unit]
+            self._data_start.pop(unit, None)
             self.path_of(unit).unlink(missing_ok=True)
 
     def path_of(self, unit: SwapUnit) -> Path:
@@ -227,9 +227,10 @@ def _header(unit: SwapUnit) -> bytes:
             pad_to(tensor.offset)
             position = tensor.offset + tensor.nbytes
             shape = list(tensor.shape) if _is_row_major(tensor) else [tensor.numel]
-            entries[piece.tensor_label(tensor)] = _entry(
-                _SAFETENSORS_DTYPES[tensor.dtype], shape, tensor.offset, position
-            )
+            label = piece.tensor_label(tensor)
+            if label in entries:  # two groups may have parameters of the same name
+                label += f"#{len(entries)}"
+            entries[label] = _entry(_SAFETENSORS_DTYPES[tensor.dtype], shape, tensor.offset, position)
     pad_to(unit.nbytes)
     entries["__metadata__"] = {"format": "pt", "offload_opt": "unit 1"}
     text = json.dumps(entries, separators=(",", ":")).encode()

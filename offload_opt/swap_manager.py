@@ -59,6 +59,7 @@ class SwapManager:
             self._empty_ring()
             self._handle.wait()
             self._pool.fit(largest)
+            self._stats.host_memory_bytes = self._pool.nbytes
         self.check()
         self._store.create(units)
         self.units.extend(units)
@@ -74,7 +75,7 @@ class SwapManager:
         try:
             self._walk(order, visit, cyclic)
         except BaseException as error:
-            self._failure = error
+            self.fail(error)
             raise
 
     def read_tensor(self, unit: SwapUnit, tensor: StateTensor, into: torch.Tensor) -> None:
@@ -89,13 +90,13 @@ class SwapManager:
         try:
             while self._writes:
                 self._finish_write(next(iter(self._writes)))
-        except BaseException as error:
-            self._failure = error
+        except OSError as error:  # an interrupted wait harms nothing
+            self.fail(error)
             raise
 
     def fail(self, error: BaseException) -> None:
-        """Note that the state on disk is incomplete because of ``error``."""
-        self._failure = error
+        """Note that the state on disk is incomplete because of ``error``. The first error stays."""
+        self._failure = self._failure or error
 
     def forget_all(self) -> None:
         """Drop every unit and its file, failed or not: a fresh start."""
@@ -107,9 +108,10 @@ class SwapManager:
 
     def close(self) -> None:
         """Wait for the transfers under way and free the memory. Never raises for a failed transfer."""
-        self._abandon()
-        self._pool.release()
-        self._stats.host_memory_bytes = 0
+        try:
+            self._abandon()
+        finally:
+            self._release()
 
     def check(self) -> None:
         """Raise StepFailedError if an earlier transfer or update failed."""
@@ -179,7 +181,8 @@ class SwapManager:
         self._stats.bytes_written += unit.nbytes
 
     def _finish_write(self, unit: SwapUnit) -> None:
-        self._wait(self._writes.pop(unit))
+        self._wait(self._writes[unit])
+        del self._writes[unit]
         if unit.state is UnitState.WRITING:  # else it is being read again
             unit.move_to(UnitState.ON_DISK)
 
@@ -214,6 +217,10 @@ class SwapManager:
                 continue  # already told, or about a state that is given up
         self._ring.clear()
         self._writes.clear()
-        self._pool.release()
+        self._release()
         for unit in self.units:
             unit.state = UnitState.ON_DISK
+
+    def _release(self) -> None:
+        self._pool.release()
+        self._stats.host_memory_bytes = 0

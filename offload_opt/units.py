@@ -108,6 +108,7 @@ class ParameterPlan:
     name: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
     template: StateTemplate
     device: torch.device
     chunking: Chunking
@@ -233,8 +234,8 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
     Args:
         parameters: What is to be paged.
         host_memory: Bytes that the ring of buffers may take.
-        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB and at least the largest
-            state that cannot be cut.
+        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB, and at least the largest
+            state that cannot be cut and a 256th of ``host_memory``.
 
     Raises:
         ConfigError: ``host_memory`` or ``unit_size`` is too small; the message says the least that works.
@@ -248,7 +249,7 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
         )
     largest_unit = host_memory // RING_DEPTH // PAGE * PAGE
     if unit_size is None:
-        unit_size = max(min(host_memory // 8, 32 << 20), least // RING_DEPTH)
+        unit_size = max(min(host_memory // 8, 32 << 20), least // RING_DEPTH, host_memory // 256)
     elif unit_size < least // RING_DEPTH or unit_size > largest_unit:
         raise ConfigError(
             f"unit_size={format_bytes(unit_size)} must lie between {format_bytes(least // RING_DEPTH)} and "

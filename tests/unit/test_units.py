@@ -59,7 +59,7 @@ def parameter(
     device: torch.device = CPU,
 ) -> ParameterPlan:
     name = f"layer.{position}"
-    return ParameterPlan((0, position), name, shape, row_major(shape), template, device, chunking)
+    return ParameterPlan((0, position), name, shape, row_major(shape), torch.float32, template, device, chunking)
 
 
 CHUNKINGS = st.builds(
@@ -291,7 +291,7 @@ def test_a_whole_piece_keeps_its_strides() -> None:
     channels_last = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     template = elementwise(torch.bfloat16, torch.float32)
     shape, stride = tuple(channels_last.shape), channels_last.stride()
-    plan = ParameterPlan((1, 2), "conv", shape, stride, template, CPU, Chunking(1, False, 1 << 20))
+    plan = ParameterPlan((1, 2), "conv", shape, stride, torch.float32, template, CPU, Chunking(1, False, 1 << 20))
     (unit,) = plan_units([plan], 1 << 20, None)
     (piece,) = unit.pieces
     data = torch.arange(unit.nbytes, dtype=torch.uint8)
