@@ -53,7 +53,8 @@ IoError called_off(const IoError& cause) {
 OperationPtr open_operation(TransferSpec spec) {
   constexpr auto kMaxOffset = static_cast<std::uint64_t>(INT64_MAX);
   if (spec.offset > kMaxOffset || spec.length > kMaxOffset - spec.offset) {
-    throw std::invalid_argument("file_offset " + std::to_string(spec.offset) + " is beyond any file's end");
+    throw std::invalid_argument(std::to_string(spec.length) + " bytes at offset " + std::to_string(spec.offset) +
+                                " reach beyond any file's end");
   }
   auto operation = std::make_shared<Operation>(std::move(spec));
   const TransferSpec& opened = operation->spec;

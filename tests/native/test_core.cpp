@@ -126,7 +126,13 @@ void errors(const EngineEntry& engine) {
   CHECK(handle.run(spec(Direction::kWrite, data, 5000, 0, path)) == 5000);
   CHECK(error_of([&] { handle.submit(spec(Direction::kRead, data, 5001, 0, path)); }) == ENODATA);
   CHECK(error_of([&] { handle.run(spec(Direction::kRead, data, 1, 5000, path)); }) == ENODATA);
-  CHECK(error_of([&] { handle.submit(spec(Direction::kRead, data, UINT64_MAX, 1, path)); }) == ENODATA);
+  bool beyond = false;
+  try {
+    handle.submit(spec(Direction::kRead, data, UINT64_MAX, 1, path));
+  } catch (const std::invalid_argument&) {
+    beyond = true;
+  }
+  CHECK(beyond);
   TransferSpec by_descriptor = spec(Direction::kWrite, data, 1, 0, "");
   by_descriptor.fd = 9999;
   CHECK(error_of([&] { handle.submit(by_descriptor); }) == EBADF);
@@ -180,6 +186,19 @@ void chains(const EngineEntry& engine) {
   CHECK(error_of([&] { finish(handle, cancelled); }) == ECANCELED);
   CHECK(error_of([&] { handle.finish_all(); }) == ENODATA);
   CHECK(handle.finish_all() == 0);
+
+  // A long chain that is called off must not use up the stack.
+  TransferSpec slow = spec(Direction::kWrite, data, memory.size(), 0, path);
+  OperationPtr before = handle.submit(slow);
+  beyond.after = {before};
+  before = handle.submit(beyond);
+  for (int i = 0; i < 300; ++i) {
+    TransferSpec next = spec(Direction::kRead, data, 0, 0, path);
+    next.after = {before};
+    before = handle.submit(next);
+  }
+  CHECK(error_of([&] { finish(handle, before); }) == ECANCELED);
+  CHECK(error_of([&] { handle.finish_all(); }) == ENODATA);
 }
 
 // Every fault ends in the right bytes or in an error.
