@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder")
     parser.add_argument("--host-memory", default="24MiB", help="host memory for optimizer state (default: %(default)s)")
     parser.add_argument("--compare", action="store_true", help="train in memory too, and compare")
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--steps", type=int, default=110)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
