@@ -8,11 +8,15 @@ import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from offload_opt import _C
+
+if TYPE_CHECKING:
+    from tests.optim.support import Pair
 
 # What is imported by now stays; collecting after each test need not look at it again.
 gc.collect()
@@ -46,6 +50,14 @@ def store(tmp_path: Path) -> Path:
     folder = tmp_path / "store"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def pair(store: Path) -> Pair:
+    """Three parameters under AdamW, plain and offloaded."""
+    from tests.optim import support
+
+    return support.Pair(support.adam, store, support.SHAPES)
 
 
 @pytest.fixture(params=[name for name, works, _ in _C.engines() if works])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_opt import OffloadOptimizer
-from tests.optim.test_exact import assert_same_state, bits_equal
+from tests.optim.support import assert_same_state, bits_equal
 
 accelerate = pytest.importorskip("accelerate")
 

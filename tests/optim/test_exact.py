@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from offload_opt import OffloadOptimizer
 from tests.conftest import seed
+from tests.optim.support import HOST_MEMORY, SHAPES_OF_ALL_KINDS, Pair, assert_same_state, bits_equal
 
 O = torch.optim  # noqa: E741
 
@@ -53,73 +54,9 @@ MATRICES_ONLY: list[tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]]
     [(O.Muon, {}), (O.Muon, {"nesterov": False, "momentum": 0.8})] if hasattr(O, "Muon") else []
 )
 
-# Shapes that are cut, whole, odd, empty and scalar. With two threads, the first is split between them at an odd place.
-SHAPES = [(100_003,), (300, 257), (64, 64), (7,), (0,), (), (1, 5)]
-HOST_MEMORY = "200KiB"
-
 
 def name_of(case: tuple[Callable[..., Any], dict[str, Any]]) -> str:
     return "-".join([case[0].__name__, *(f"{k}={v}" for k, v in case[1].items())])
-
-
-class Pair:
-    """The same parameters twice: under the optimizer by itself, and under the wrapped one."""
-
-    def __init__(
-        self,
-        make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
-        store: Path,
-        shapes: Sequence[tuple[int, ...]] = SHAPES,
-        dtype: torch.dtype = torch.float32,
-        **fields: Any,
-    ) -> None:
-        self.plain_parameters = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-        self.parameters = [torch.nn.Parameter(p.detach().clone()) for p in self.plain_parameters]
-        self.plain = make(self.plain_parameters)
-        fields.setdefault("host_memory", HOST_MEMORY)
-        self.offloaded_folder = store
-        self.offloaded = OffloadOptimizer(make(self.parameters), store, **fields)
-
-    def set_gradients(self, without: Sequence[int] = ()) -> None:
-        for i, (plain, own) in enumerate(zip(self.plain_parameters, self.parameters, strict=True)):
-            plain.grad = own.grad = None
-            if i not in without and plain.requires_grad:
-                plain.grad = torch.randn(plain.shape).to(plain.dtype) * 0.1
-                own.grad = plain.grad.clone()
-
-    def step(self, without: Sequence[int] = ()) -> None:
-        self.set_gradients(without)
-        self.plain.step()
-        self.offloaded.step()
-
-    def check(self) -> None:
-        for i, (plain, own) in enumerate(zip(self.plain_parameters, self.parameters, strict=True)):
-            assert bits_equal(plain, own), f"parameter {i} of shape {tuple(plain.shape)}, seed {seed()}"
-        assert_same_state(self.plain.state_dict(), self.offloaded.state_dict())
-
-
-def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to the bit, so that NaN equals itself and 0 does not equal -0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def assert_same_state(expected: dict[str, Any], actual: dict[str, Any]) -> None:
-    assert actual["param_groups"] == expected["param_groups"]
-    assert set(actual["state"]) == set(expected["state"])
-    for index, state in expected["state"].items():
-        other = actual["state"][index]
-        assert list(other) == list(state)
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                assert bits_equal(value, other[name]), f"{name} of parameter {index}, seed {seed()}"
-                if value.numel() > 1:
-                    assert value.stride() == other[name].stride()
-            else:
-                assert type(other[name]) is type(value)
-                assert other[name] == value
 
 
 @pytest.mark.parametrize("case", ELEMENTWISE + WHOLE, ids=name_of)
@@ -129,7 +66,7 @@ def test_bits_equal_the_unwrapped_optimizer(case: Any, dtype: torch.dtype, store
     if make is O.SGD and options.get("fused") and dtype is torch.bfloat16:
         pytest.skip("torch's fused SGD starts bf16 momentum from uninitialised memory: two plain runs differ")
     # Adafactor itself fails for a zero-size parameter. Its state is small, but for a vector's.
-    shapes = [shape for shape in SHAPES if shape != (0,)] if case in WHOLE else SHAPES
+    shapes = [shape for shape in SHAPES_OF_ALL_KINDS if shape != (0,)] if case in WHOLE else SHAPES_OF_ALL_KINDS
     host_memory = "3MiB" if case in WHOLE else HOST_MEMORY
     pair = Pair(lambda p: make(p, lr=0.01, **options), store, shapes, dtype, host_memory=host_memory)
     for round_number in range(4):
@@ -184,11 +121,11 @@ def test_several_groups_schedulers_and_frozen_parameters(store: Path) -> None:
 
 def test_a_step_without_any_gradient_changes_nothing(store: Path) -> None:
     pair = Pair(lambda p: O.Adam(p, lr=0.01), store)
-    pair.step(without=range(len(SHAPES)))
+    pair.step(without=range(len(SHAPES_OF_ALL_KINDS)))
     pair.check()
     pair.step()
     before = pair.offloaded.stats
-    pair.step(without=range(len(SHAPES)))
+    pair.step(without=range(len(SHAPES_OF_ALL_KINDS)))
     assert pair.offloaded.stats.bytes_written == before.bytes_written
     pair.step()
     pair.check()

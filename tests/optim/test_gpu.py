@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_opt import AioHandle, OffloadOptimizer
-from tests.optim.test_exact import bits_equal
+from tests.optim.support import bits_equal
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,162 @@
+"""Failures in the background, and the end: close(), collection, exit, fork."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+import offload_opt
+from offload_opt import (
+    OffloadError,
+    OffloadOptimizer,
+    StepFailedError,
+)
+from tests.optim.support import HOST_MEMORY, Pair, adam, parameters, run_script
+
+
+def test_a_background_error_is_raised_at_the_next_call_and_sticks(pair: Pair) -> None:
+    pair.step()
+    pair.step()
+    pair.offloaded.synchronize()
+    checkpoint = pair.offloaded.state_dict()
+    weights = [p.detach().clone() for p in pair.parameters]
+    files = sorted(pair.offloaded_folder.glob("*/units/*.safetensors"))
+    for file in files:
+        os.truncate(file, 4096)
+    pair.set_gradients()
+    with pytest.raises(OSError, match="bytes at offset 4096") as failed:
+        pair.offloaded.step()
+    assert failed.value.errno == errno.ENODATA
+    assert Path(failed.value.filename) in files
+    for call in (pair.offloaded.step, pair.offloaded.state_dict, pair.offloaded.synchronize):
+        with pytest.raises(StepFailedError, match="load_state_dict") as sticks:
+            call()
+        assert sticks.value.__cause__ is failed.value
+    # A checkpoint brings it back.
+    for parameter, weight in zip(pair.parameters, weights, strict=True):
+        parameter.data.copy_(weight)
+    pair.offloaded.load_state_dict(checkpoint)
+    pair.plain.step()
+    pair.offloaded.step()
+    pair.check()
+
+
+def test_an_update_that_fails_makes_the_optimizer_unusable(pair: Pair) -> None:
+    pair.step()
+    pair.set_gradients()
+    pair.offloaded.param_groups[0]["betas"] = "no betas"
+    with pytest.raises(ValueError, match="unpack"):
+        pair.offloaded.step()
+    with pytest.raises(StepFailedError):
+        pair.offloaded.step()
+    pair.offloaded.close()
+
+
+def test_a_failing_closure_harms_nothing(pair: Pair) -> None:
+    pair.step()
+
+    def closure() -> float:
+        raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        pair.offloaded.step(closure)
+    pair.step()
+    pair.check()
+
+
+def test_a_write_error_has_errno_path_and_offset_and_the_process_exits_cleanly(store: Path) -> None:
+    script = """
+        import errno, resource, sys, torch, offload_opt
+        p = torch.nn.Parameter(torch.zeros(300_000))
+        opt = offload_opt.OffloadOptimizer(torch.optim.Adam([p]), sys.argv[1], host_memory="600KiB")
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.synchronize()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # every write past 8 KiB into a file now fails
+        try:
+            for _ in range(3):
+                opt.step()
+        except OSError as error:
+            assert error.errno == errno.EFBIG, error
+            assert "units/unit-0" in error.filename and "at offset" in str(error), error
+            print("raised")
+        # Neither closed nor collected: the interpreter's exit has to cope.
+    """
+    done = run_script(script, str(store))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "raised\n", "")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 8192
+
+
+def test_exit_without_close_is_clean(store: Path) -> None:
+    script = """
+        import sys, torch, offload_opt
+        p = torch.nn.Parameter(torch.zeros(3_000_000))
+        opt = offload_opt.OffloadOptimizer(torch.optim.Adam([p]), sys.argv[1], host_memory="3MiB")
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            opt.step()
+    """
+    done = run_script(script, str(store))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_close_gives_everything_back(store: Path) -> None:
+    optimizer = OffloadOptimizer(adam(parameters()), store, host_memory=HOST_MEMORY)
+    optimizer.step()
+    optimizer.close()
+    optimizer.close()
+    assert optimizer.stats.host_memory_bytes == 0
+    for call in (optimizer.step, optimizer.state_dict, optimizer.synchronize):
+        with pytest.raises(OffloadError, match="closed"):
+            call()
+    OffloadOptimizer(adam(parameters()), store).close()
+
+
+def test_a_dropped_optimizer_is_collected(store: Path) -> None:
+    optimizer = OffloadOptimizer(adam(parameters()), store, host_memory=HOST_MEMORY)
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    OffloadOptimizer(adam(parameters()), store).close()  # the folder is free again
+
+
+def test_a_forked_child_leaves_the_optimizer_alone(store: Path) -> None:
+    script = """
+        import os, sys, torch, offload_opt
+        p = torch.nn.Parameter(torch.zeros(300_000))
+        opt = offload_opt.OffloadOptimizer(torch.optim.Adam([p]), sys.argv[1], host_memory="600KiB")
+        p.grad = torch.ones_like(p)
+        opt.step()
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)  # with all of Python's exit handlers
+        assert os.waitpid(child, 0)[1] == 0
+        opt.step()
+        assert opt.state[p]["step"] == 2
+        print(opt.state[p]["exp_avg"].unique().tolist())
+    """
+    done = run_script(script, str(store))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{[torch.tensor(0.9 * 0.1 + 0.1).item()]}\n"
+
+
+def test_ranks_have_folders_of_their_own(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    OffloadOptimizer(adam(parameters()), store).close()
+    assert [folder.name for folder in store.iterdir()] == ["rank-00001-of-00002"]
+
+
+def test_public_names() -> None:
+    for name in offload_opt.__all__:
+        assert getattr(offload_opt, name) is not None
+    assert offload_opt.__version__.count(".") == 2

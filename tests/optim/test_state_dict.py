@@ -1,0 +1,192 @@
+"""The state reads through, and checkpoints interchange with the unwrapped optimizer's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_opt import (
+    ConfigError,
+    OffloadError,
+    OffloadOptimizer,
+)
+from tests.optim.support import SHAPES, Pair, adam, assert_same_state, bits_equal
+
+
+def test_state_reads_through(pair: Pair) -> None:
+    assert not pair.offloaded.state
+    pair.step()
+    pair.step()
+    state = pair.offloaded.state
+    assert state
+    assert len(state) == len(SHAPES)
+    assert list(state) == pair.parameters
+    for plain, own in zip(pair.plain_parameters, pair.parameters, strict=True):
+        assert own in state
+        assert list(state[own]) == list(pair.plain.state[plain])
+        for name, value in state[own].items():
+            assert bits_equal(value, pair.plain.state[plain][name])
+        assert state[own].get("nothing") is None
+        with pytest.raises(KeyError):
+            state[own]["nothing"]
+    with pytest.raises(TypeError, match="load_state_dict"):
+        state[pair.parameters[0]] = {}  # type: ignore[assignment]
+
+
+def test_looking_at_the_state_reads_only_what_is_looked_at(pair: Pair) -> None:
+    pair.step()
+    before = pair.offloaded.stats.bytes_read
+    for _, state in pair.offloaded.state.items():
+        assert "exp_avg" in state
+    assert pair.offloaded.stats.bytes_read == before
+    pair.offloaded.state[pair.parameters[1]]["exp_avg"]
+    assert pair.offloaded.stats.bytes_read == before + 50 * 40 * 4
+
+
+def test_replacing_the_state_attribute_is_refused(pair: Pair) -> None:
+    pair.step()
+    pair.offloaded.state = {}  # type: ignore[assignment]
+    with pytest.raises(OffloadError, match="load_state_dict"):
+        pair.offloaded.step()
+
+
+@pytest.mark.parametrize("host_memory", ["64KiB", "1MiB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_checkpoints_interchange_with_the_unwrapped_optimizer(
+    pair: Pair, tmp_path: Path, host_memory: str, dtype: torch.dtype
+) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    first = Pair(lambda p: adam(p, amsgrad=True), folders[0], SHAPES, dtype)
+    for _ in range(2):
+        first.step()
+    file = io.BytesIO()
+    torch.save(first.offloaded.state_dict(), file)
+    file.seek(0)
+    from_offloaded = torch.load(file)  # weights_only: plain dicts and tensors
+    # Each side goes on from what the other one saved.
+    second = Pair(lambda p: adam(p, amsgrad=True), folders[1], SHAPES, dtype, host_memory=host_memory)
+    for old, new in (
+        (first.plain_parameters, second.plain_parameters),
+        (first.parameters, second.parameters),
+    ):
+        for p, q in zip(old, new, strict=True):
+            q.data.copy_(p.data)
+    second.step()  # state that the load is to replace
+    for old, new in ((first.plain_parameters, second.plain_parameters), (first.parameters, second.parameters)):
+        for p, q in zip(old, new, strict=True):
+            q.data.copy_(p.data)
+    second.plain.load_state_dict(from_offloaded)
+    second.offloaded.load_state_dict(first.plain.state_dict())
+    assert_same_state(first.plain.state_dict(), second.offloaded.state_dict())
+    for _ in range(2):
+        second.step()
+    second.check()
+
+
+def test_loading_before_the_first_step_and_options_from_the_checkpoint(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    trained = Pair(lambda p: adam(p, amsgrad=True), tmp_path / "other", SHAPES)
+    trained.step()
+    fresh = Pair(adam, store, SHAPES)  # without amsgrad: the checkpoint brings it along
+    fresh.plain.load_state_dict(trained.plain.state_dict())
+    fresh.offloaded.load_state_dict(trained.offloaded.state_dict())
+    for _ in range(2):
+        fresh.step()
+    fresh.check()
+    assert "max_exp_avg_sq" in fresh.offloaded.state[fresh.parameters[0]]
+
+
+def test_load_state_dict_keeps_the_dtype_of_moments(store: Path) -> None:
+    class WideMoments(torch.optim.Optimizer):
+        """fp32 moments for whatever parameters: torch's load_state_dict would cast them down."""
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p, dtype=torch.float32))
+                m.add_(p.grad.float())
+                p.sub_(m * 0.01)
+
+    OffloadOptimizer.register(WideMoments, "elementwise")
+    pair = Pair(WideMoments, store, [(60_000,)], torch.bfloat16)
+    for _ in range(3):
+        pair.step()
+    saved = pair.offloaded.state_dict()
+    assert saved["state"][0]["m"].dtype == torch.float32
+    pair.offloaded.load_state_dict(saved)
+    assert_same_state(pair.plain.state_dict(), pair.offloaded.state_dict())
+
+
+def test_loading_an_empty_state_starts_over(pair: Pair) -> None:
+    empty = pair.offloaded.state_dict()
+    pair.step()
+    pair.offloaded.load_state_dict(empty)
+    pair.plain.load_state_dict(empty)
+    assert not pair.offloaded.state
+    for _ in range(2):
+        pair.step()
+    pair.check()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_lost(pair: Pair) -> None:
+    for _ in range(2):
+        pair.step()
+    good = pair.offloaded.state_dict()
+    wrong_groups = {**good, "param_groups": good["param_groups"] * 2}
+    with pytest.raises(ValueError, match="parameter groups"):
+        pair.offloaded.load_state_dict(wrong_groups)
+    wrong_shape = copy.deepcopy(good)
+    wrong_shape["state"][1]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ConfigError, match=r"param_1 should have 'exp_avg' of shape \(50, 40\)"):
+        pair.offloaded.load_state_dict(wrong_shape)
+    missing = copy.deepcopy(good)
+    del missing["state"][0]["exp_avg_sq"]
+    with pytest.raises(ConfigError, match="exp_avg_sq"):
+        pair.offloaded.load_state_dict(missing)
+    pair.step()
+    pair.check()
+
+
+def test_state_dict_hooks(pair: Pair) -> None:
+    seen: list[Any] = []
+    pair.offloaded.register_state_dict_post_hook(lambda _, d: {**d, "extra": 1})
+    pair.offloaded.register_load_state_dict_pre_hook(lambda _, d: seen.append(d["state"][0]["exp_avg"].shape))
+    pair.offloaded.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    pair.step()
+    saved = pair.offloaded.state_dict()
+    assert saved["extra"] == 1
+    assert isinstance(saved["state"][0], dict)
+    pair.offloaded.load_state_dict(saved)
+    assert seen == [torch.Size([60_000]), "loaded"]
+
+
+def test_cannot_be_pickled_or_copied(pair: Pair) -> None:
+    for call in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            call(pair.offloaded)
+
+
+def test_named_parameters_name_the_tensors_in_the_files(store: Path) -> None:
+    model = torch.nn.Linear(300, 200)
+    with OffloadOptimizer(adam(model.named_parameters()), store, host_memory="200KiB") as optimizer:
+        model(torch.randn(4, 300)).sum().backward()
+        optimizer.step()
+        optimizer.synchronize()
+        from safetensors import safe_open
+
+        names = set()
+        for file in store.glob("*/units/*.safetensors"):
+            with safe_open(file, "pt") as f:
+                names |= {name.split("[")[0] for name in f.keys()}  # noqa: SIM118
+    assert {"weight.exp_avg", "weight.exp_avg_sq", "bias.exp_avg", "bias.exp_avg_sq"} <= names
