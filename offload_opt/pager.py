@@ -69,9 +69,8 @@ class ParameterPager:
         # For the time of a step: the groups as they were before it, and as the inner optimizer left them.
         self._groups: list[dict[str, Any]] = []
         self._groups_after: dict[int, dict[str, Any]] = {}
-        self._listed: list[
-            Counter[int]
-        ] = []  # how often each group lists a parameter, by id: torch steps it that often
+        # How often each group lists a parameter, by id: torch steps it that often.
+        self._listed: list[Counter[int]] = []
 
     def step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update every parameter that has a gradient; the same as the inner optimizer's step over ``groups``."""
@@ -96,7 +95,6 @@ class ParameterPager:
             for name, value in after.items():
                 if groups[index].get(name) is not value:
                     groups[index][name] = value
-        self._page_out_brought(groups)
 
     def bring(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
         """Take over state that the inner optimizer has in memory. It goes to the disk at the next step."""

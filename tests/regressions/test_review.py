@@ -108,10 +108,34 @@ def test_momentum_that_is_turned_on_later(store: Path) -> None:
     pair.step()
     for optimizer in (pair.plain, pair.offloaded):
         optimizer.param_groups[0]["momentum"] = 0.9
-    for _ in range(3):
+    pair.step()
+    pair.check()  # the new state is still in memory, and goes to the disk before the next update
+    for _ in range(2):
         pair.step()
     pair.check()
     assert pair.offloaded.stats.state_bytes > 0
+
+
+def test_a_full_disk_when_momentum_is_turned_on_is_known_before_an_update(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(lambda p: torch.optim.SGD(p, lr=0.01), store, SHAPES)
+    pair.step()
+    for optimizer in (pair.plain, pair.offloaded):
+        optimizer.param_groups[0]["momentum"] = 0.9
+    pair.step()
+    pair.set_gradients()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(StoreError, match="no space"):
+            pair.offloaded.step()
+    pair.plain.step()
+    pair.offloaded.step()  # with space again, the step is taken once
+    pair.check()
 
 
 def test_amsgrad_that_is_turned_on_later_is_an_error_that_sticks(pair: Pair) -> None:
@@ -182,7 +206,9 @@ def test_an_optimizer_whose_wrapper_was_collected_can_be_wrapped_again(store: Pa
     inner = adam(parameters())
     OffloadOptimizer(inner, store)
     gc.collect()
-    OffloadOptimizer(inner, store).close()
+    with OffloadOptimizer(inner, store) as optimizer:
+        optimizer.step()
+        assert optimizer.stats.steps == 1
 
 
 def test_using_the_wrapped_optimizer_by_itself_is_noticed(pair: Pair) -> None:

@@ -258,11 +258,14 @@ def test_the_second_owner_in_this_process_is_refused(swap_store: SwapStore, hand
 def test_a_store_that_nobody_holds_any_more_is_free(store: Path, handle: AioHandle) -> None:
     swap_store = SwapStore(store / "rank", handle)
     del swap_store
-    SwapStore(store / "rank", handle).close()
+    again = SwapStore(store / "rank", handle)
+    assert again.folder == store / "rank"
+    again.close()
 
 
 def test_ranks_do_not_share_a_lock(store: Path, handle: AioHandle) -> None:
     stores = [SwapStore(rank_folder(store, rank, 2), handle) for rank in range(2)]
+    assert len({swap_store.folder for swap_store in stores}) == 2
     for swap_store in stores:
         swap_store.close()
 
