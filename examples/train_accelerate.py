@@ -74,6 +74,9 @@ def main() -> None:
         stats = optimizer.stats
         accelerator.print(f"state {stats.state_bytes >> 20} MiB, buffers {stats.host_memory_bytes >> 20} MiB a process")
         optimizer.close()
+    # A thread of gloo's may still have to let go of the last collective's tensor, and torch 2.13 aborts a process whose
+    # interpreter ends in that moment. Collecting garbage here gives it the time.
+    model, prepared, scheduler = accelerator.free_memory(model, prepared, scheduler)
     accelerator.end_training()
 
 
