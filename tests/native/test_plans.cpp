@@ -15,7 +15,6 @@
 #include <fstream>
 #include <future>
 #include <iostream>
-#include <iterator>
 #include <mutex>
 #include <optional>
 #include <sstream>
@@ -29,8 +28,8 @@ namespace offload_opt {
 namespace {
 
 constexpr std::uint64_t kFileSize = 192 * 1024;  // no operation that should succeed reaches beyond
-constexpr std::size_t kMemory = 2 * 1024 * 1024;
-constexpr std::size_t kGap = 64;  // bytes at least around each buffer, which must stay as they are
+constexpr std::size_t kMemory = 1024 * 1024;
+constexpr std::size_t kGap = 4096;  // bytes at least around each buffer, which must stay as they are
 constexpr char kGuard = '\xee';
 constexpr char kFill = '\x5a';  // what a buffer holds before it is read into
 constexpr std::chrono::seconds kPatience{60};
@@ -74,29 +73,32 @@ class Arena {
       owned_.reset(static_cast<char*>(std::aligned_alloc(page_size(), kMemory)));
       data_ = owned_.get();
     }
-    std::memset(data_, kGuard, kMemory);
+    std::memset(data_, kGuard, kGap);
   }
 
   // `length` bytes that begin `shift` bytes behind a page's start; null when there is no room.
   char* cut(std::size_t length, std::size_t shift) {
     const std::size_t begin = (used_ + kGap + page_size() - 1) / page_size() * page_size() + shift;
-    if (begin + length + kGap > kMemory) return nullptr;
-    buffers_.emplace_back(begin, length);
-    used_ = begin + length;
+    const std::size_t end = begin + length;
+    if (end + kGap > kMemory) return nullptr;
+    std::memset(data_ + used_, kGuard, begin - used_);
+    std::memset(data_ + end, kGuard, kGap);
+    buffers_.emplace_back(begin, end);
+    used_ = end;
     return data_ + begin;
   }
 
   // Checks the bytes around the buffers, and takes the buffers back.
   void check_and_clear() {
     std::size_t at = 0;
-    for (const auto& [begin, length] : buffers_) {
+    for (const auto& [begin, end] : buffers_) {
       CHECK(is_guard(at, begin));
-      at = begin + length;
+      at = end;
     }
-    CHECK(is_guard(at, std::min(at + page_size(), kMemory)));
-    std::memset(data_, kGuard, used_);
+    CHECK(is_guard(at, at + kGap));
     buffers_.clear();
     used_ = 0;
+    std::memset(data_, kGuard, kGap);
   }
 
  private:
@@ -109,7 +111,7 @@ class Arena {
   std::unique_ptr<char, void (*)(void*)> owned_{nullptr, std::free};
   char* data_;
   std::size_t used_ = 0;
-  std::vector<std::pair<std::size_t, std::size_t>> buffers_;
+  std::vector<std::pair<std::size_t, std::size_t>> buffers_;  // from, to
 };
 
 struct Settings {
@@ -428,8 +430,8 @@ void Player::check_step(Step& step) {
 }
 
 void Player::check_file(File& file) {
-  std::ifstream stream(file.path, std::ios::binary);
-  Bytes actual((std::istreambuf_iterator<char>(stream)), {});
+  Bytes actual(fs::file_size(file.path));
+  std::ifstream(file.path, std::ios::binary).read(actual.data(), static_cast<std::streamsize>(actual.size()));
   CHECK(actual.size() >= file.size && actual.size() <= file.most);
   file.size = file.most = actual.size();
   actual.resize(kFileSize);
