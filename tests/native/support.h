@@ -72,8 +72,11 @@ inline std::vector<const EngineEntry*> working_engines() {
   return engines;
 }
 
-// Runs the seeded fault plans first .. first + count - 1 with files in `folder`. Prints the seed of one that fails, or
-// that hangs, and `command`, which repeats it when the seed and 1 are put behind it. Returns whether all held.
-bool run_plans(const fs::path& folder, std::uint64_t first, std::uint64_t count, const std::string& command);
+using Folders = std::vector<fs::path>;
+
+// Runs the seeded fault plans first .. first + count - 1 with files in `folders`, most of them in the first. Prints the
+// seed of one that fails, or that hangs, and `command`, which repeats it when the seed and 1 are put behind it. Returns
+// whether all held.
+bool run_plans(const Folders& folders, std::uint64_t first, std::uint64_t count, const std::string& command);
 
 }  // namespace offload_opt

@@ -319,12 +319,17 @@ bool run_tests() {
 
 int main(int argc, char** argv) {
   const std::string parent = argc > 1 ? argv[1] : ".";
-  folder = fs::path(parent) / ("offload_opt_core_" + std::to_string(::getpid()));
+  const std::string name = "offload_opt_core_" + std::to_string(::getpid());
+  folder = fs::path(parent) / name;
   fs::create_directories(folder);
   bool held;
   if (argc == 5 && std::string(argv[2]) == "--plans") {
+    Folders folders{folder};
+    const fs::path other_device = "/dev/shm";
+    if (fs::is_directory(other_device)) fs::create_directory(folders.emplace_back(other_device / name));
     const std::string command = std::string(argv[0]) + " " + parent + " --plans";
-    held = run_plans(folder, std::strtoull(argv[3], nullptr, 10), std::strtoull(argv[4], nullptr, 10), command);
+    held = run_plans(folders, std::strtoull(argv[3], nullptr, 10), std::strtoull(argv[4], nullptr, 10), command);
+    fs::remove_all(folders.back());
   } else {
     if (argc > 2) seed = std::strtoull(argv[2], nullptr, 10);
     std::cout << "seed " << seed << ", files in " << folder << "\n";

@@ -18,6 +18,7 @@
 #include <mutex>
 #include <optional>
 #include <sstream>
+#include <system_error>
 #include <thread>
 
 #include "engine_fault.h"
@@ -28,8 +29,7 @@ namespace offload_opt {
 namespace {
 
 constexpr std::uint64_t kFileSize = 192 * 1024;  // no operation that should succeed reaches beyond
-constexpr std::size_t kMemory = 1024 * 1024;
-constexpr std::size_t kGap = 4096;  // bytes at least around each buffer, which must stay as they are
+constexpr std::size_t kGap = 4096;               // bytes at least around each buffer, which must stay as they are
 constexpr char kGuard = '\xee';
 constexpr char kFill = '\x5a';  // what a buffer holds before it is read into
 constexpr std::chrono::seconds kPatience{60};
@@ -62,15 +62,16 @@ class Draw {
   std::mt19937_64 random;
 };
 
-// Page-aligned memory that buffers are cut from, with guard bytes between them.
+// Page-aligned memory that buffers are cut from, with guard bytes between them. Locked memory may get registered with
+// the kernel: the sooner, the smaller it is.
 class Arena {
  public:
-  explicit Arena(bool locked) {
+  Arena(bool locked, std::size_t size) : size_(size) {
     if (locked) {
-      locked_.emplace(kMemory);
+      locked_.emplace(size);
       data_ = static_cast<char*>(locked_->data());
     } else {
-      owned_.reset(static_cast<char*>(std::aligned_alloc(page_size(), kMemory)));
+      owned_.reset(static_cast<char*>(std::aligned_alloc(page_size(), size)));
       data_ = owned_.get();
     }
     std::memset(data_, kGuard, kGap);
@@ -80,7 +81,7 @@ class Arena {
   char* cut(std::size_t length, std::size_t shift) {
     const std::size_t begin = (used_ + kGap + page_size() - 1) / page_size() * page_size() + shift;
     const std::size_t end = begin + length;
-    if (end + kGap > kMemory) return nullptr;
+    if (end + kGap > size_) return nullptr;
     std::memset(data_ + used_, kGuard, begin - used_);
     std::memset(data_ + end, kGuard, kGap);
     buffers_.emplace_back(begin, end);
@@ -107,6 +108,7 @@ class Arena {
            (data_[begin] == kGuard && std::memcmp(data_ + begin, data_ + begin + 1, end - begin - 1) == 0);
   }
 
+  const std::size_t size_;
   std::optional<LockedMemory> locked_;
   std::unique_ptr<char, void (*)(void*)> owned_{nullptr, std::free};
   char* data_;
@@ -123,17 +125,17 @@ struct Settings {
     std::ostringstream out;
     out << engine->name << ", block_size " << config.block_size << ", queue_depth " << config.queue_depth
         << ", num_threads " << config.num_threads << ", single_submit " << config.single_submit << ", overlap_events "
-        << config.overlap_events << "; short " << faults.short_transfer << ", EINTR " << faults.interrupted
-        << ", EAGAIN " << faults.again << ", EIO " << faults.io_error << ", ENOSPC " << faults.no_space << ", full "
-        << faults.full << ", late " << faults.late << ", delayed " << faults.delayed << ", shuffled "
-        << faults.shuffled;
+        << config.overlap_events << ", registered " << config.registered << "; short " << faults.short_transfer
+        << ", EINTR " << faults.interrupted << ", EAGAIN " << faults.again << ", EIO " << faults.io_error << ", ENOSPC "
+        << faults.no_space << ", full " << faults.full << ", late " << faults.late << ", delayed " << faults.delayed
+        << ", shuffled " << faults.shuffled;
     return out.str();
   }
 };
 
 Settings draw_settings(Draw& draw) {
+  static const std::vector<const EngineEntry*> engines = working_engines();  // probed once: a probe takes its time
   Settings settings{};
-  const auto engines = working_engines();
   settings.engine = engines.at(draw.between(0, engines.size() - 1));
   HandleConfig& config = settings.config;
   config.block_size = draw.chance(0.5) ? 4096 * draw.between(1, 16) : draw.between(1, draw.chance(0.1) ? 600 : 40'000);
@@ -141,6 +143,7 @@ Settings draw_settings(Draw& draw) {
   config.num_threads = static_cast<unsigned>(draw.chance(0.5) ? 1 : draw.between(2, 4));
   config.single_submit = draw.chance(0.3);
   config.overlap_events = draw.chance(0.7);
+  config.registered = draw.chance(0.7);
   FaultPlan& faults = settings.faults;
   faults.seed = draw.random();
   faults.short_transfer = draw.fault(0.5);
@@ -181,11 +184,16 @@ struct File {
 // Draws rounds of operations on files of its own, and checks them. Several players may share a handle.
 class Player {
  public:
-  Player(AioHandle& handle, const Settings& settings, const fs::path& name, std::uint64_t seed, bool alone)
-      : handle_(handle), settings_(settings), draw_(seed), alone_(alone), arena_(draw_.chance(0.5)) {
+  Player(AioHandle& handle, const Settings& settings, const Folders& folders, std::uint64_t seed, bool alone)
+      : handle_(handle),
+        settings_(settings),
+        draw_(seed),
+        alone_(alone),
+        arena_(draw_.chance(0.5), (draw_.chance(0.5) ? 128 : 1024) * 1024) {
     const std::uint64_t count = draw_.between(1, 2);
     for (std::uint64_t i = 0; i < count; ++i) {
-      File file{name.string() + "-" + std::to_string(i)};
+      const fs::path& folder = folders.at(draw_.chance(0.7) ? 0 : folders.size() - 1);
+      File file{folder / (std::to_string(seed) + "-" + std::to_string(i))};
       file.size = file.most = draw_.chance(0.3) ? 0 : draw_.place(kFileSize);
       draw_.fill(file.bytes.data(), file.size);
       std::ofstream(file.path, std::ios::binary | std::ios::trunc)
@@ -445,20 +453,32 @@ void Player::check_file(File& file) {
   CHECK(actual == file.bytes);
 }
 
-Totals run_plan(const Settings& settings, Draw& draw, const fs::path& folder) {
+// What all processes together may take of fs.aio-max-nr may be gone for a moment: that is no fault of the plan.
+std::unique_ptr<IoEngine> make_engine(const EngineEntry& entry, unsigned depth) {
+  for (int tries = 0;; ++tries) {
+    try {
+      return entry.make(depth);
+    } catch (const std::system_error& error) {
+      if (error.code().value() != EAGAIN || tries == 1000) throw;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+  }
+}
+
+Totals run_plan(const Settings& settings, Draw& draw, const Folders& folders) {
   std::atomic<std::uint64_t> engines{0};
   AioHandle handle(settings.config, [&](unsigned depth) {
     FaultPlan faults = settings.faults;
     faults.seed += engines++;
-    return make_fault_engine(settings.engine->make(depth), faults);
+    return make_fault_engine(make_engine(*settings.engine, depth), faults);
   });
   const bool alone = draw.chance(0.75);
-  Player player(handle, settings, folder / "a", draw.random(), alone);
+  Player player(handle, settings, folders, draw.random(), alone);
   Totals totals;
   if (alone) {
     player.play();
   } else {
-    Player other(handle, settings, folder / "b", draw.random(), alone);
+    Player other(handle, settings, folders, draw.random(), alone);
     auto others = std::async(std::launch::async, [&] { other.play(); });
     player.play();
     others.get();
@@ -513,7 +533,7 @@ class Watchdog {
 
 }  // namespace
 
-bool run_plans(const fs::path& folder, std::uint64_t first, std::uint64_t count, const std::string& command) {
+bool run_plans(const Folders& folders, std::uint64_t first, std::uint64_t count, const std::string& command) {
   Watchdog watchdog;
   Totals totals;
   for (std::uint64_t seed = first; seed < first + count; ++seed) {
@@ -523,7 +543,7 @@ bool run_plans(const fs::path& folder, std::uint64_t first, std::uint64_t count,
                              std::to_string(seed) + " 1\n      " + settings.text();
     watchdog.begin(what);
     try {
-      const Totals plan = run_plan(settings, draw, folder);
+      const Totals plan = run_plan(settings, draw, folders);
       totals.operations += plan.operations;
       totals.failed += plan.failed;
       totals.cancelled += plan.cancelled;
