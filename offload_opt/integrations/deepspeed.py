@@ -11,13 +11,13 @@ transfers that have ended from ``wait()`` and from ``sync_pread`` and its kin, w
 Where DeepSpeed's own handle prints a line and returns -1, reports success for bytes that it has not moved, or ends the
 process, this one raises OSError with errno, path and offset. Any size goes with any number of threads.
 
-Not here: ``gds_handle`` (GPUDirect Storage), which DeepSpeed goes on to compile, as it does its own ``pin_memory`` under
-DS_PIN_MEMORY_BACKEND=native.
+Not here: ``gds_handle`` (GPUDirect Storage), which DeepSpeed goes on to compile, as it does its own ``pin_memory``
+operator under DS_PIN_MEMORY_BACKEND=native.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
 import sys
 import threading
 from typing import Any
@@ -102,9 +102,7 @@ class aio_handle:
     # Transfers through the worker threads. DeepSpeed calls the fourth argument of pread and pwrite "async", which no
     # Python function can: it goes by position.
 
-    def pread(
-        self, buffer: torch.Tensor, filename: str, validate: bool, async_op: bool, file_offset: int = 0
-    ) -> int:
+    def pread(self, buffer: torch.Tensor, filename: str, validate: bool, async_op: bool, file_offset: int = 0) -> int:
         """Fill ``buffer`` from the file. Returns 0 at once with ``async_op``, else what ``wait()`` does."""
         with self._lock:
             host = _host_memory(buffer)
@@ -219,13 +217,13 @@ def install() -> None:
         ConfigError: DeepSpeed has no NVMe offload for the accelerator in use.
     """
     try:
-        from deepspeed.accelerator import get_accelerator
-        from deepspeed.ops import op_builder
+        op_builder = importlib.import_module("deepspeed.ops.op_builder")
     except ImportError as error:
         raise ImportError(f"DeepSpeed cannot be imported ({error}); install it: pip install deepspeed") from error
     builders = _async_io_builders()
     if op_builder.AsyncIOBuilder not in builders:
-        raise ConfigError(f"DeepSpeed has no NVMe offload for the accelerator {get_accelerator().device_name()!r}")
+        accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
+        raise ConfigError(f"DeepSpeed has no NVMe offload for the accelerator {accelerator.device_name()!r}")
     for builder in builders:
         if builder.load.__module__ != __name__:
             _replace(builder)
@@ -236,9 +234,8 @@ def _async_io_builders() -> set[Any]:
 
     In a source checkout they may be in a package of their own.
     """
-    modules = [
-        module for name, module in sys.modules.items() if name.startswith(("deepspeed.ops.op_builder.", "op_builder."))
-    ]
+    packages = ("deepspeed.ops.op_builder", "op_builder")
+    modules = [module for name, module in sys.modules.items() if name.startswith(packages)]
     found = (getattr(module, "AsyncIOBuilder", None) for module in modules)
     return {builder for builder in found if getattr(builder, "NAME", None) == "async_io"}
 
@@ -254,7 +251,7 @@ def _replace(builder: Any) -> None:
         return sys.modules[__name__] if self.NAME == "async_io" else their_load(self, *args, **options)
 
     def is_compatible(self: Any, *args: Any, **options: Any) -> bool:
-        return self.NAME == "async_io" or their_is_compatible(self, *args, **options)
+        return self.NAME == "async_io" or bool(their_is_compatible(self, *args, **options))
 
     builder.load, builder.is_compatible = load, is_compatible
 
