@@ -125,7 +125,12 @@ def test_filename_and_fd(handle: aio_handle, tmp_path: Path) -> None:
     assert handle.async_pwrite(buffer=data, filename=str(file)) == 0
     assert handle.wait() == 1
     for flags in (0, os.O_DIRECT):
-        descriptor = os.open(file, os.O_WRONLY | flags)
+        try:
+            descriptor = os.open(file, os.O_WRONLY | flags)
+        except OSError:
+            if flags == 0:
+                raise
+            continue  # a file system without direct I/O
         assert handle.async_pwrite(buffer=data, fd=descriptor, file_offset=2000) == 0
         assert handle.async_pwrite(data, descriptor, 4000) == 0
         os.close(descriptor)  # the handle has its own by now
