@@ -364,3 +364,37 @@ with AioHandle(65536, 8, num_threads=4) as handle:
             [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120, check=False
         )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_child_drops_memory_that_it_never_had() -> None:
+    # What is left out of the child may have something else in its place there, which must not be unmapped with it.
+    code = """
+import gc, os, sys
+import torch
+from offload_opt import AioHandle
+handle = AioHandle()
+tensors = [handle.new_cpu_locked_tensor(4 << 20, torch.empty(0, dtype=torch.uint8)) for _ in range(4)]
+for tensor in tensors:
+    handle.exclude_from_fork(tensor)
+child = os.fork()
+if child == 0:
+    replacements = [torch.full((4 << 20,), number, dtype=torch.uint8) for number in range(16)]
+    for tensor in tensors:
+        handle.free_cpu_locked_tensor(tensor)
+    tensors.clear()
+    del tensor
+    gc.collect()
+    assert all(bool((r == number).all()) for number, r in enumerate(replacements))
+    with AioHandle() as other:
+        locked = other.new_cpu_locked_tensor(8 << 20, torch.empty(0, dtype=torch.uint8))
+        other.sync_pwrite(locked.fill_(3), sys.argv[1])
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+tensors[0].fill_(1)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{folder}/file"], capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
