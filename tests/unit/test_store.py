@@ -41,22 +41,6 @@ def swap_store(store: Path, handle: AioHandle) -> Iterator[SwapStore]:
     swap_store.close()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def piece(name: str, *tensors: StateTensor, start: int = 0, stop: int | None = None) -> Piece:
     end = tensors[0].numel if stop is None else stop
     return Piece((0, 0), name, start, end, (start, end), stop is None, tensors)
