@@ -80,8 +80,8 @@ class OffloadConfig:
     """Bounds the page-locked host memory that optimizer state takes. More of it lets reads run further ahead."""
     unit_size: int | str | None = None
     """Bytes of state that are paged together. None chooses: an eighth of host_memory, at most 32 MiB."""
-    aio: AioConfig = dataclasses.field(default_factory=AioConfig)
-    """How transfers are cut up and queued."""
+    aio: AioConfig | None = None
+    """How transfers are cut up and queued. None: what `offload-opt tune` found for the folder, else the defaults."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, os.PathLike)):
@@ -90,7 +90,7 @@ class OffloadConfig:
         object.__setattr__(self, "host_memory", parse_bytes(self.host_memory, "host_memory"))
         if self.unit_size is not None:
             object.__setattr__(self, "unit_size", parse_bytes(self.unit_size, "unit_size"))
-        if not isinstance(self.aio, AioConfig):
+        if not isinstance(self.aio, (AioConfig, type(None))):
             raise ConfigError(f"aio must be an AioConfig, not {type(self.aio).__name__}")
 
     @classmethod

@@ -21,6 +21,7 @@ from .state_dict import PagedState, Unconverted, hide_from_conversion
 from .store import SwapStore, check_folder, check_space, rank_folder
 from .swap_manager import SwapManager
 from .trace import SwapStats
+from .tuning import settings_for
 from .units import Paging, check_memory, state_bytes
 
 # Inner optimizers that an open OffloadOptimizer holds: two of them would update the same parameters twice.
@@ -63,6 +64,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             self.config = OffloadConfig.build(path, **fields)
         inner = _check_optimizer(optimizer)
         folder = rank_folder(check_folder(self.config.path).resolve(), *_rank_and_world_size())
+        aio = self.config.aio or settings_for(folder.parent)
         host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
         plans = _plan_trainable(inner)
         check_memory(plans, host_memory, unit_size)
@@ -70,15 +72,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         self._inner = inner
         self._stats = SwapStats()
-        aio = self.config.aio
-        handle = AioHandle(
-            cast(int, aio.block_size),
-            aio.queue_depth,
-            aio.single_submit,
-            aio.overlap_events,
-            aio.num_threads,
-            engine=aio.engine,
-        )
+        handle = AioHandle.from_config(aio, folder)
         try:
             store = SwapStore(folder, handle)
         except BaseException:
