@@ -21,6 +21,7 @@ import torch
 from .aio import AioHandle, IoFuture
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
+from .store import check_folder
 
 Direction = Literal["read", "write", "mixed"]
 
@@ -74,6 +75,7 @@ class TestFiles:
         self.buffers: list[torch.Tensor] = []
         self.folder = folder
         self._stack = contextlib.ExitStack()
+        check_folder(folder)
         transfer = min(MAX_TRANSFER, nbytes // _IN_FLIGHT // _PAGE * _PAGE)
         with self._stack as stack:  # closes all of it if the rest fails
             try:
@@ -82,7 +84,11 @@ class TestFiles:
                     self._allocate(handle, transfer)
                     self._write_files(handle, made, nbytes // transfer, seconds)
             except OSError as error:
-                raise no_files(folder, nbytes, error) from error
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ConfigError(
+                    f"path {str(folder)!r} is too small: there is no room for {format_bytes(nbytes)} of test files"
+                ) from error
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -180,12 +186,3 @@ def run(drives: Sequence[TestFiles], aio: AioConfig, direction: Direction, secon
             if sum(ring.turn(going) for ring in rings) == 0:
                 time.sleep(0.0005)  # short beside a transfer, of which several are queued
         return [ring.rate for ring in rings]
-
-
-def no_files(folder: Path, nbytes: int, error: OSError) -> Exception:
-    """What to raise for an error in making test files."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConfigError(f"path {str(folder)!r} has no room for {format_bytes(nbytes)} of test files")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"no test files can be made in path {str(folder)!r}: {error.strerror}")
-    return error

@@ -13,15 +13,17 @@ import stat
 import statistics
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from .aio import engines
-from .bandwidth import Direction, TestFiles, no_files, run
+from .bandwidth import LEAST_MEASURED, Direction, TestFiles, run
 from .bandwidth import measure as measure
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
+from .store import check_folder, free_bytes
 
 logger = logging.getLogger("offload_opt")
 
@@ -33,6 +35,7 @@ _MAX_FILE_BYTES = 1 << 16
 _TUNED_ON = 1 << 30
 """Bytes of test files, where there is room: more than drives keep in memory of their own."""
 _LEAST_TUNED_ON = 256 << 20
+_WEIGHED_ON = 64 << 20
 _ROUNDS = 3
 _LONGEST_RUN = 1.0  # seconds
 _GAIN_WORTH_A_CHANGE = 0.03
@@ -104,8 +107,10 @@ class _Search:
             dataclasses.replace(best, block_size=b) for b in (block // 2, block * 2) if _BLOCKS[0] <= b <= _BLOCKS[-1]
         ]
         best = self._stage("block size", finer, until=0.6)
-        best = self._stage("queue depth", [dataclasses.replace(best, queue_depth=d) for d in _DEPTHS], until=0.75)
-        best = self._stage("threads", [dataclasses.replace(best, num_threads=n) for n in _THREADS], until=0.88)
+        depths = [best, *(dataclasses.replace(best, queue_depth=depth) for depth in _DEPTHS)]
+        best = self._stage("queue depth", depths, until=0.75)
+        threads = [best, *(dataclasses.replace(best, num_threads=count) for count in _THREADS)]
+        best = self._stage("threads", threads, until=0.88)
         directions: list[Direction] = ["read", "write", "mixed"]
         found = self._measure([(best, direction) for direction in directions], "bandwidths", until=1.0, least=3)
         read, write, mixed = (statistics.median(found[best, direction]) for direction in directions)
@@ -119,7 +124,10 @@ class _Search:
     def _measure(
         self, what: Sequence[tuple[AioConfig, Direction]], text: str, until: float, least: int = 1
     ) -> dict[tuple[AioConfig, Direction], list[float]]:
-        """Bandwidths of each, measured in turns until that part of the time is used up; at least of the first ones."""
+        """Bandwidths of each, measured in turns until that part of the time is used up.
+
+        Of the ``least`` first ones there is at least one; settings that do not work are left out.
+        """
         found: dict[tuple[AioConfig, Direction], list[float]] = {}
         ends = self._started + until * self._seconds
         for turn in range(_ROUNDS):
@@ -129,7 +137,13 @@ class _Search:
                     return found
                 runs = (_ROUNDS - turn) * len(what) - number
                 self._tell(text)
-                rate = run([self._files], aio, direction, min(max(left, 0) / runs, _LONGEST_RUN))[0]
+                try:
+                    rate = run([self._files], aio, direction, min(max(left, 0) / runs, _LONGEST_RUN))[0]
+                except ConfigError as error:  # a queue deeper than this machine allows, for example
+                    if number == 0:  # the settings that are the best so far
+                        raise
+                    logger.info("left out: %s", error)
+                    continue
                 found.setdefault((aio, direction), []).append(rate)
         return found
 
@@ -231,6 +245,37 @@ def settings_for(folder: str | os.PathLike[str]) -> AioConfig:
     return aio
 
 
+def bandwidths_of(folders: Sequence[Path], aio: AioConfig, memory: int) -> list[float]:
+    """Bandwidths of folders that are used at once, by which to spread units over them; all 1 where they are alike.
+
+    They are those that `offload-opt tune` found, where it found them for all; else they are measured, in about a
+    quarter of a second for each folder. Folders on one device share what it has.
+
+    Args:
+        folders: Existing folders.
+        aio: The settings to measure with.
+        memory: Bytes of buffers that the measuring may take.
+
+    Raises:
+        ConfigError: A file of `offload-opt tune` is malformed. OSError: a transfer failed.
+    """
+    devices = [folder.stat().st_dev for folder in folders]
+    sharing = Counter(devices)
+    tuned = [load_tuned(folder) for folder in folders] if len(folders) > 1 else []
+    if tuned and all(tuned):
+        return [found.mixed / sharing[device] for found, device in zip(tuned, devices, strict=True) if found]
+    if len(sharing) == 1:
+        return [1.0] * len(folders)
+    nbytes = max(min(memory // len(folders), _WEIGHED_ON), LEAST_MEASURED)
+    roomy = [folder for folder in folders if free_bytes(folder) > 2 * nbytes]
+    rates = dict(zip(roomy, measure(roomy, aio, direction="mixed", nbytes=nbytes, seconds=0.25), strict=True))
+    slowest = min(rates.values(), default=1.0)  # what has no room to be measured has hardly any for units
+    total: dict[int, float] = defaultdict(float)
+    for folder, device in zip(folders, devices, strict=True):
+        total[device] += rates.get(folder, slowest)
+    return [total[device] / sharing[device] for device in devices]
+
+
 def _read_small_file(path: Path) -> bytes | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait on a pipe
@@ -280,14 +325,10 @@ def _entry(content: dict[str, Any], name: str, kind: type) -> Any:
 
 def _room(folder: Path) -> int:
     """Bytes of test files that the folder has room for. Raises ConfigError where they are too few."""
-    try:
-        disk = os.statvfs(folder)
-    except OSError as error:
-        raise no_files(folder, _LEAST_TUNED_ON, error) from error
-    free = disk.f_bavail * disk.f_frsize
+    free = free_bytes(check_folder(folder))
     if free < _LEAST_TUNED_ON * 9 // 8:
         raise ConfigError(
-            f"path {str(folder)!r} has too little room to tune: {format_bytes(_LEAST_TUNED_ON * 9 // 8)} are needed, "
+            f"path {str(folder)!r} is too small to tune: {format_bytes(_LEAST_TUNED_ON * 9 // 8)} are needed, "
             f"and {format_bytes(free)} are free"
         )
     return min(_TUNED_ON, free * 8 // 9)

@@ -60,8 +60,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, small_disk: Path) ->
         measure([tmp_path, folder], AioConfig(), direction=direction, nbytes=nbytes, seconds=0.01)
 
     for arguments, problem in (
-        ((tmp_path / "missing",), "No such file"),
-        ((small_disk,), r"no room for 2\.0 MiB"),
+        ((tmp_path / "missing",), "does not exist"),
+        ((small_disk,), r"too small: there is no room for 2\.0 MiB"),
         ((tmp_path, "sideways"), "direction must be one of read, write, mixed"),
         ((tmp_path, "read", 1000), r"at least 1\.0 MiB"),
     ):
@@ -119,7 +119,10 @@ tune(sys.argv[1], seconds=60, progress=lambda part, text: print(text, flush=True
 
 
 def test_a_search_that_cannot_be_is_refused(tmp_path: Path, small_disk: Path) -> None:
-    for folder, problem in ((tmp_path / "missing", "No such file"), (small_disk, r"288\.0 MiB are needed, and .*free")):
+    for folder, problem in (
+        (tmp_path / "missing", "does not exist"),
+        (small_disk, r"too small to tune: 288\.0 MiB are needed, and .*free"),
+    ):
         with pytest.raises(ConfigError, match=problem) as caught:
             tune(folder)
         assert str(folder) in str(caught.value)
