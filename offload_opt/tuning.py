@@ -103,9 +103,8 @@ class _Search:
         grid = [dataclasses.replace(best, engine=e, block_size=b) for e in _engine_names() for b in _BLOCKS]
         best = self._stage("engine and block size", [best, *grid], until=0.5)
         block = cast(int, best.block_size)
-        finer = [
-            dataclasses.replace(best, block_size=b) for b in (block // 2, block * 2) if _BLOCKS[0] <= b <= _BLOCKS[-1]
-        ]
+        near = [size for size in (block // 2, block * 2) if _BLOCKS[0] <= size <= _BLOCKS[-1]]
+        finer = [best, *(dataclasses.replace(best, block_size=size) for size in near)]
         best = self._stage("block size", finer, until=0.6)
         depths = [best, *(dataclasses.replace(best, queue_depth=depth) for depth in _DEPTHS)]
         best = self._stage("queue depth", depths, until=0.75)
