@@ -97,7 +97,7 @@ def test_a_search_tells_what_it_does_and_leaves_no_files(tmp_path: Path) -> None
     assert (parts[-1], told[-1][1]) == (1.0, "done")
     texts = list(dict.fromkeys(text for _, text in told))
     assert texts[:2] == ["writing the test files", "engine and block size"]
-    assert texts[-3:] == ["threads", "bandwidths", "done"]
+    assert texts[-2:] == ["bandwidths", "done"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +120,7 @@ def test_the_fastest_settings_are_found(tmp_path: Path, monkeypatch: pytest.Monk
         return [1e9 * 0.9**far * {"read": 3, "write": 2, "mixed": 1}[direction]]
 
     monkeypatch.setattr("offload_opt.tuning.run", made_up)
-    found = tune(tmp_path, seconds=1)
+    found = tune(tmp_path, seconds=20)  # of which little is used
     assert found.aio == fastest
     assert (found.read, found.write, found.mixed) == pytest.approx((3e9, 2e9, 1e9))
 
