@@ -269,13 +269,16 @@ def bandwidths_of(folders: Sequence[Path], aio: AioConfig, memory: int) -> list[
     if len(sharing) == 1:
         return [1.0] * len(folders)
     nbytes = max(min(memory // len(folders), _WEIGHED_ON), LEAST_MEASURED)
-    roomy = [folder for folder in folders if free_bytes(folder) > 2 * nbytes]
+    roomy = [f for f, device in zip(folders, devices, strict=True) if free_bytes(f) > 2 * nbytes * sharing[device]]
     rates = dict(zip(roomy, measure(roomy, aio, direction="mixed", nbytes=nbytes, seconds=0.25), strict=True))
     slowest = min(rates.values(), default=1.0)  # what has no room to be measured has hardly any for units
     total: dict[int, float] = defaultdict(float)
     for folder, device in zip(folders, devices, strict=True):
         total[device] += rates.get(folder, slowest)
-    return [total[device] / sharing[device] for device in devices]
+    bandwidths = [total[device] / sharing[device] for device in devices]
+    shown = ", ".join(f"{folder} {rate / 1e9:.2f} GB/s" for folder, rate in zip(folders, bandwidths, strict=True))
+    logger.info("measured to spread the state: %s; `offload-opt tune` on each folder saves the time", shown)
+    return bandwidths
 
 
 def _read_small_file(path: Path) -> bytes | None:
