@@ -15,7 +15,7 @@ LAYERS = [
     ["errors", "config", "trace"],
     ["units", "codecs", "schedule", "planner", "inner"],
     ["aio", "buffers"],
-    ["store"],
+    ["store", "bandwidth", "tuning"],
     ["swap_manager"],
     ["pager", "state_dict", "optimizer"],
     ["distributed", "integrations"],
