@@ -8,12 +8,12 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from . import _C
-from .config import ENGINES
+from .config import ENGINES, AioConfig
 from .errors import ConfigError, OffloadWarning
 
 logger = logging.getLogger("offload_opt")
@@ -87,6 +87,18 @@ class AioHandle:
         self.engine = choose_engine(engine)
         self._handle = _C.Handle(block_size, queue_depth, single_submit, overlap_events, num_threads, self.engine)
         _open_handles.add(self)
+
+    @classmethod
+    def from_config(cls, config: AioConfig, folder: str | os.PathLike[str] | None = None) -> AioHandle:
+        """A handle with these settings for files in ``folder``."""
+        return cls(
+            cast(int, config.block_size),
+            config.queue_depth,
+            config.single_submit,
+            config.overlap_events,
+            config.num_threads,
+            engine=config.engine,
+        )
 
     # What it was made with.
 
@@ -265,6 +277,11 @@ class AioHandle:
         moved = self._handle.run_here(write, data, length, path, fd, offset, validate)
         del keep  # alive until here
         return moved
+
+
+def engines() -> list[tuple[str, bool, str]]:
+    """(name, whether it works here, why not) of each engine, in the order in which ``"auto"`` tries them."""
+    return [(str(name), bool(works), str(why_not)) for name, works, why_not in _C.engines()]
 
 
 def choose_engine(engine: str = "auto") -> str:
