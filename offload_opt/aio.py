@@ -299,11 +299,6 @@ def choose_engine(engine: str = "auto") -> str:
     raise ConfigError(f"no I/O engine for {engine!r}: {'; '.join(reasons)}")
 
 
-def engines() -> list[tuple[str, bool, str]]:
-    """(name, whether it works here, why not) of each engine, in the order in which ``"auto"`` tries them."""
-    return _C.engines()
-
-
 def trim_heap() -> None:
     """Give the pages of freed memory back to the system, where the allocator can. Milliseconds."""
     _C.trim_heap()

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from .aio import AioHandle, choose_engine, engines
-from .config import AioConfig, OffloadConfig, format_bytes
+from .config import OffloadConfig, format_bytes
 from .drives import Drive, Mount, find_drives, find_mount, read_text
 from .errors import ConfigError
 from .tuning import TUNED_FILE, load_tuned
@@ -145,7 +145,7 @@ def engine_findings() -> list[Finding]:
         findings.append(Finding("engine", "fail", str(error), advice))
     for name, works, why_not in table:
         if works:
-            found = "works, and is what engine='auto' takes" if name == chosen else "works"
+            found = "works; taken by default" if name == chosen else "works"
             findings.append(Finding(f"engine {name}", "ok", found))
         else:
             advice = _ALLOW_IO_URING if name == "io_uring" else "nothing, if another engine works"
@@ -177,7 +177,9 @@ def locked_memory(root: str | os.PathLike[str] = "/", try_lock: Callable[[int], 
         return Finding("locked memory", "ok", f"{format_bytes(wanted)} can be locked ({limits})")
     found = f"{format_bytes(wanted)}, the default host_memory, cannot be locked: {why_not} ({limits})"
     if hard == resource.RLIM_INFINITY or hard >= wanted:
-        advice = f"before starting Python: ulimit -l {'unlimited' if hard == resource.RLIM_INFINITY else wanted // 1024}"
+        advice = (
+            f"before starting Python: ulimit -l {'unlimited' if hard == resource.RLIM_INFINITY else wanted // 1024}"
+        )
     else:
         advice = (
             'raise it: "* - memlock unlimited" in /etc/security/limits.conf and a new login, LimitMEMLOCK=infinity in '
@@ -264,7 +266,7 @@ def writable(folder: Path) -> Finding:
 def file_system(mount: Mount) -> Finding:
     """The kind of file system, and whether that kind suits."""
     name, kind = "file system", mount.fstype
-    found = f"{kind} on {mount.point} from {mount.source} ({','.join(mount.options)})"
+    found = f"{kind} on {mount.point} from {mount.source} ({', '.join(mount.options)})"
     local = "choose a folder on a local NVMe drive, with ext4 or XFS"
     if kind in _IN_MEMORY:
         return Finding(name, "warn", f"{found}: its files are in memory, so offloading there saves none", local)
@@ -309,11 +311,12 @@ def drive(under: Drive) -> Finding:
     """One drive under the folder, and whether it is set up for large transfers."""
     name = f"drive {under.name}"
     kind = "NVMe" if under.is_nvme else "a virtual machine's drive" if under.is_virtual else "not NVMe"
+    rotates = None if under.is_virtual else under.rotates  # hosts leave it at what the kernel assumes
     facts = [
         kind,
         under.model,
         format_bytes(under.nbytes) if under.nbytes else "",
-        {True: "rotates", False: "does not rotate", None: ""}[under.rotates],
+        {True: "rotates", False: "solid state", None: ""}[rotates],
         f"scheduler {under.scheduler}" if under.scheduler else "",
         f"requests up to {format_bytes(under.max_request)}" if under.max_request else "",
         f"write cache {'volatile' if under.write_cache == 'write back' else 'none'}" if under.write_cache else "",
@@ -321,10 +324,12 @@ def drive(under: Drive) -> Finding:
     ]
     found = ", ".join(fact for fact in facts if fact)
     if under.is_remote:
-        return Finding(name, "warn", f"{found}: a volume behind a network", "use the machine's own NVMe (instance store)")
+        return Finding(
+            name, "warn", f"{found}: a volume behind a network", "use the machine's own NVMe (instance store)"
+        )
     if any("encrypted" in layer for layer in under.above):
         return Finding(name, "warn", f"{found}: encrypting takes CPU", "use a drive without encryption, if you may")
-    if under.rotates and not under.is_virtual:
+    if rotates:
         return Finding(name, "warn", found, "use an NVMe drive: a disk that rotates moves 0.2 GB/s at best")
     if under.is_nvme and under.scheduler not in ("none", ""):
         advice = f"as root: echo none > /sys/block/{under.name}/queue/scheduler"

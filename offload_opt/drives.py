@@ -1,7 +1,7 @@
 """What lies under a folder: its mount, and the drives that hold its bytes. Read from /proc and /sys.
 
-Every function takes ``root``, under which ``proc`` and ``sys`` are. What cannot be read there, as in many containers, is
-left out: nothing here raises for a missing file.
+Every function takes ``root``, under which ``proc`` and ``sys`` are. What cannot be read there, as in many containers,
+is left out: nothing here raises for a missing file.
 """
 
 from __future__ import annotations
