@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import math
 import mmap
 import os
 import platform
@@ -23,6 +24,7 @@ from typing import Literal
 import torch
 
 from .aio import AioHandle, choose_engine, engines
+from .buffers import MAX_BUFFERS
 from .config import OffloadConfig, format_bytes
 from .drives import Drive, Mount, find_drives, find_mount, read_text
 from .errors import ConfigError
@@ -168,18 +170,17 @@ def aio_events(root: str | os.PathLike[str] = "/") -> Finding:
 def locked_memory(root: str | os.PathLike[str] = "/", try_lock: Callable[[int], str] | None = None) -> Finding:
     """Whether the default ``host_memory`` can be page-locked: by trying, as limits do not bind everyone."""
     wanted = int(OffloadConfig(path=".").host_memory)
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    soft, hard = _limits(resource.RLIMIT_MEMLOCK)
     why_not = (try_lock or _try_lock)(wanted)
-    limits = f"limit {_limit(soft)}"
+    limits = "no limit" if soft == math.inf else f"limit {format_bytes(soft)}"
     if not why_not:
-        if soft != resource.RLIM_INFINITY and soft < wanted and _has_capability(_CAP_IPC_LOCK, root):
+        if soft < wanted and _has_capability(_CAP_IPC_LOCK, root):
             limits += ", which CAP_IPC_LOCK lifts"
         return Finding("locked memory", "ok", f"{format_bytes(wanted)} can be locked ({limits})")
     found = f"{format_bytes(wanted)}, the default host_memory, cannot be locked: {why_not} ({limits})"
-    if hard == resource.RLIM_INFINITY or hard >= wanted:
-        advice = (
-            f"before starting Python: ulimit -l {'unlimited' if hard == resource.RLIM_INFINITY else wanted // 1024}"
-        )
+    if soft < wanted <= hard:
+        kib = "unlimited" if hard == math.inf else f"{hard // 1024:.0f}"
+        advice = f"before starting Python: ulimit -l {kib}"
     else:
         advice = (
             'raise it: "* - memlock unlimited" in /etc/security/limits.conf and a new login, LimitMEMLOCK=infinity in '
@@ -190,12 +191,16 @@ def locked_memory(root: str | os.PathLike[str] = "/", try_lock: Callable[[int], 
 
 def open_files() -> Finding:
     """The limit of open files: each transfer under way has one open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _ENOUGH_FILES:
-        larger = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, 4 * _ENOUGH_FILES)
-        advice = f"before starting Python: ulimit -n {larger}"
-        return Finding("open files", "warn", f"at most {soft}; transfers alone may take 256", advice)
-    return Finding("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
+    soft, hard = _limits(resource.RLIMIT_NOFILE)
+    if soft >= _ENOUGH_FILES:
+        return Finding("open files", "ok", "no limit" if soft == math.inf else f"at most {soft:.0f}")
+    if soft < hard:
+        advice = f"before starting Python: ulimit -n {min(hard, 4 * _ENOUGH_FILES):.0f}"
+    else:
+        advice = (
+            'raise it: "* - nofile 4096" in /etc/security/limits.conf and a new login, LimitNOFILE=4096 in a service'
+        )
+    return Finding("open files", "warn", f"at most {soft:.0f}; transfers alone may take {MAX_BUFFERS}", advice)
 
 
 def memory(root: str | os.PathLike[str] = "/") -> Finding:
@@ -425,8 +430,10 @@ def _try_direct_io(folder: Path) -> tuple[int, str]:
     return 0, error.strerror or str(error)
 
 
-def _limit(value: int) -> str:
-    return "none" if value == resource.RLIM_INFINITY else format_bytes(value)
+def _limits(which: int) -> tuple[float, float]:
+    """The soft and the hard limit of a resource; infinity where there is none."""
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(which))
+    return soft, hard
 
 
 def _count(number: int) -> str:

@@ -120,7 +120,7 @@ def _drives_of(folder: Path, above: tuple[str, ...]) -> Iterator[Drive]:
     if (folder / "partition").exists():
         folder = folder.parent
     try:
-        parts = sorted(entry.resolve() for entry in (folder / "slaves").iterdir())
+        parts = [entry.resolve() for entry in sorted((folder / "slaves").iterdir())]
     except OSError:
         parts = []
     if parts and len(above) < 16:
