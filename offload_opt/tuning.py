@@ -1,16 +1,11 @@
-"""How fast folders are, and the I/O settings that suit them: what ``offload-opt tune`` finds, and keeps in a file.
-
-Measured is what a step does: page-locked buffers go round, and each transfer is the whole of a file of a unit's size,
-begun when the oldest one has ended. Reads and writes take turns, as most drives are slower at both than at either.
-"""
+"""The I/O settings that suit a folder: what ``offload-opt tune`` finds, and keeps in a file."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -18,32 +13,29 @@ import stat
 import statistics
 import tempfile
 import time
-from collections import deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
-
-from .aio import AioHandle, IoFuture, engines
+from .aio import engines
+from .bandwidth import LEAST_MEASURED, Direction, TestFiles, run
+from .bandwidth import measure as measure
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
+from .store import check_folder, free_bytes
 
-Direction = Literal["read", "write", "mixed"]
+logger = logging.getLogger("offload_opt")
 
 TUNED_FILE = "offload-opt.json"
 """Name of the file with the settings, in the folder that they are for."""
 
 _FORMAT = 1
 _MAX_FILE_BYTES = 1 << 16
-_IN_FLIGHT = 8
-_MAX_TRANSFER = 16 << 20
-"""Bytes: the largest block that is tried."""
-_PAGE = 4096
-_LEAST_MEASURED = _IN_FLIGHT * 128 << 10
 _TUNED_ON = 1 << 30
 """Bytes of test files, where there is room: more than drives keep in memory of their own."""
 _LEAST_TUNED_ON = 256 << 20
+_WEIGHED_ON = 64 << 20
 _ROUNDS = 3
 _LONGEST_RUN = 1.0  # seconds
 _GAIN_WORTH_A_CHANGE = 0.03
@@ -66,31 +58,6 @@ class Tuned:
     """When it was measured, in ISO 8601."""
 
 
-def measure(
-    folders: Sequence[str | os.PathLike[str]], aio: AioConfig, *, direction: Direction, nbytes: int, seconds: float
-) -> list[float]:
-    """Measure the bandwidth of folders that are used at once, through one handle.
-
-    Args:
-        folders: Existing folders. Temporary files are made in them, and removed also where an error ends it.
-        aio: The settings of the handle.
-        direction: ``"mixed"`` reads and writes equal parts at once, and counts both.
-        nbytes: Size of the files in each folder, at least 1 MiB; up to 128 MiB, buffers take as much memory.
-        seconds: Time to measure for. The files are written before, in about as much time again.
-
-    Returns:
-        Bytes per second of each folder.
-
-    Raises:
-        ConfigError: No files can be made in a folder, or they do not fit. OSError: a transfer failed.
-    """
-    if nbytes < _LEAST_MEASURED:
-        raise ConfigError(f"at least {format_bytes(_LEAST_MEASURED)} are needed to measure, not {format_bytes(nbytes)}")
-    with contextlib.ExitStack() as stack:
-        drives = [stack.enter_context(_TestFiles(Path(folder), nbytes, seconds)) for folder in folders]
-        return _run(drives, aio, direction, seconds)
-
-
 def tune(
     folder: str | os.PathLike[str], *, seconds: float = 40.0, progress: Callable[[float, str], None] | None = None
 ) -> Tuned:
@@ -107,129 +74,13 @@ def tune(
     Raises:
         ConfigError: No files can be made in the folder, or they do not fit. OSError: a transfer failed.
     """
+    if not seconds > 0:
+        raise ConfigError(f"seconds must be positive, not {seconds}")
     search = _Search(Path(folder), seconds, progress)
     try:
         return search.run()
     finally:
         search.close()
-
-
-class _TestFiles:
-    """Files in one folder, written once so that all of them lies on the drive, and the buffers that go with them.
-
-    Writing stops after ``seconds``, with at least one file for each buffer.
-    """
-
-    def __init__(self, folder: Path, nbytes: int, seconds: float) -> None:
-        self.paths: list[Path] = []
-        self.buffers: list[torch.Tensor] = []
-        self.folder = folder
-        self._stack = contextlib.ExitStack()
-        transfer = min(_MAX_TRANSFER, nbytes // _IN_FLIGHT // _PAGE * _PAGE)
-        with self._stack as stack:  # closes all of it if the rest fails
-            try:
-                made = stack.enter_context(tempfile.TemporaryDirectory(prefix=".offload-opt-", dir=folder))
-                handle = stack.enter_context(contextlib.closing(AioHandle()))
-                self._allocate(handle, transfer)
-                ends = time.perf_counter() + seconds
-                while len(self.paths) < nbytes // transfer:
-                    if len(self.paths) >= _IN_FLIGHT and time.perf_counter() > ends:
-                        break
-                    self._write_file(handle, Path(made) / f"{len(self.paths)}")
-            except OSError as error:
-                raise _no_files(folder, nbytes, error) from error
-            self._stack = stack.pop_all()
-
-    def close(self) -> None:
-        """Remove the files and free the buffers."""
-        self._stack.close()
-
-    def __enter__(self) -> _TestFiles:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _allocate(self, handle: AioHandle, size: int) -> None:
-        # Random: some drives and file systems compress. From a generator of its own: the user's is left alone.
-        words = torch.empty(size // 8, dtype=torch.int64)
-        pattern = words.random_(generator=torch.Generator().manual_seed(0)).view(torch.uint8)
-        for _ in range(_IN_FLIGHT):
-            buffer = handle.new_cpu_locked_tensor(size, pattern)
-            self._stack.callback(handle.free_cpu_locked_tensor, buffer)
-            self.buffers.append(buffer.copy_(pattern))
-
-    def _write_file(self, handle: AioHandle, path: Path) -> None:
-        data = self.buffers[len(self.paths) % _IN_FLIGHT]
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, data.nbytes)
-        finally:
-            os.close(fd)
-        handle.sync_pwrite(data, path)
-        self.paths.append(path)
-
-
-class _Ring:
-    """The transfers under way on one folder's files, oldest first: one for each buffer."""
-
-    def __init__(self, handle: AioHandle, files: _TestFiles, direction: Direction) -> None:
-        self._handle = handle
-        self._files = files
-        self._direction = direction
-        self._started = 0
-        self._begin = self._end = time.perf_counter()
-        self._moved = 0
-        self._pending: deque[tuple[IoFuture, torch.Tensor]] = deque()
-
-    def start_all(self) -> None:
-        """Start a transfer with each buffer."""
-        for buffer in self._files.buffers:
-            self._start(buffer)
-
-    def turn(self, going: bool) -> bool:
-        """Take in the oldest transfer if it has ended, and start another one if ``going``. False: nothing had ended."""
-        if not self._pending or not self._pending[0][0].done():
-            return False
-        future, buffer = self._pending.popleft()
-        self._moved += future.wait()
-        self._end = time.perf_counter()
-        if going:
-            self._start(buffer)
-        return True
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._pending)
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second."""
-        return self._moved / (self._end - self._begin)
-
-    def _start(self, buffer: torch.Tensor) -> None:
-        paths, number = self._files.paths, self._started
-        self._started += 1
-        write = self._direction == "write"
-        if self._direction == "mixed":  # read here, write at the other end, as a step does
-            number, write = number // 2 + number % 2 * (len(paths) // 2), number % 2 == 1
-        path = paths[number % len(paths)]
-        future = self._handle.async_pwrite(buffer, path) if write else self._handle.async_pread(buffer, path)
-        self._pending.append((future, buffer))
-
-
-def _run(drives: Sequence[_TestFiles], aio: AioConfig, direction: Direction, seconds: float) -> list[float]:
-    """Bytes per second of each drive, all at once."""
-    with contextlib.closing(AioHandle.from_config(aio, drives[0].folder if drives else None)) as handle:
-        rings = [_Ring(handle, files, direction) for files in drives]
-        ends = time.perf_counter() + seconds
-        for ring in rings:
-            ring.start_all()
-        while any(ring.busy for ring in rings):
-            going = time.perf_counter() < ends
-            if sum(ring.turn(going) for ring in rings) == 0:
-                time.sleep(0.0005)  # short beside a transfer, of which several are queued
-        return [ring.rate for ring in rings]
 
 
 class _Search:
@@ -239,9 +90,8 @@ class _Search:
         self._started = time.perf_counter()
         self._seconds = seconds
         self._progress = progress or (lambda part, text: None)
-        self._engines = [name for name, works, _ in engines() if works]
         self._tell("writing the test files")
-        self._files = _TestFiles(folder, _room(folder), 0.15 * seconds)
+        self._files = TestFiles(folder, _room(folder), 0.15 * seconds)
 
     def close(self) -> None:
         """Remove the files."""
@@ -250,46 +100,66 @@ class _Search:
     def run(self) -> Tuned:
         """All stages, and then the bandwidths of the winner."""
         best = AioConfig()
-        grid = [dataclasses.replace(best, engine=e, block_size=b) for e in self._engine_names() for b in _BLOCKS]
+        grid = [dataclasses.replace(best, engine=e, block_size=b) for e in _engine_names() for b in _BLOCKS]
         best = self._stage("engine and block size", [best, *grid], until=0.5)
         block = cast(int, best.block_size)
-        finer = [dataclasses.replace(best, block_size=b) for b in (block // 2, block * 2) if 1 << 18 <= b <= 1 << 24]
-        best = self._stage("block size", [best, *finer], until=0.6)
-        best = self._stage("queue depth", [dataclasses.replace(best, queue_depth=d) for d in _DEPTHS], until=0.75)
-        best = self._stage("threads", [dataclasses.replace(best, num_threads=n) for n in _THREADS], until=0.88)
+        finer = [
+            dataclasses.replace(best, block_size=b) for b in (block // 2, block * 2) if _BLOCKS[0] <= b <= _BLOCKS[-1]
+        ]
+        best = self._stage("block size", finer, until=0.6)
+        depths = [best, *(dataclasses.replace(best, queue_depth=depth) for depth in _DEPTHS)]
+        best = self._stage("queue depth", depths, until=0.75)
+        threads = [best, *(dataclasses.replace(best, num_threads=count) for count in _THREADS)]
+        best = self._stage("threads", threads, until=0.88)
         directions: list[Direction] = ["read", "write", "mixed"]
-        found = self._measure([(best, direction) for direction in directions], "bandwidth", until=1.0)
+        found = self._measure([(best, direction) for direction in directions], "bandwidths", until=1.0, least=3)
         read, write, mixed = (statistics.median(found[best, direction]) for direction in directions)
         self._progress(1.0, "done")
         return Tuned(best, read, write, mixed, datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
-
-    def _engine_names(self) -> list[str]:
-        """The first engine that works is what "auto" finds: it goes by that name, which works elsewhere too."""
-        return ["auto", *self._engines[1:]]
 
     def _stage(self, text: str, candidates: Iterable[AioConfig], until: float) -> AioConfig:
         found = self._measure([(aio, "mixed") for aio in dict.fromkeys(candidates)], text, until)
         return simplest_of_the_best({aio: statistics.median(rates) for (aio, _), rates in found.items()})
 
     def _measure(
-        self, what: Sequence[tuple[AioConfig, Direction]], text: str, until: float
+        self, what: Sequence[tuple[AioConfig, Direction]], text: str, until: float, least: int = 1
     ) -> dict[tuple[AioConfig, Direction], list[float]]:
-        """Bandwidths of each, measured in turns until that part of the time is used up; of the first, at least one."""
+        """Bandwidths of each, measured in turns until that part of the time is used up.
+
+        Of the ``least`` first ones there is at least one; settings that do not work are left out.
+        """
         found: dict[tuple[AioConfig, Direction], list[float]] = {}
         ends = self._started + until * self._seconds
         for turn in range(_ROUNDS):
             for number, (aio, direction) in enumerate(what):
                 left = ends - time.perf_counter()
-                if left <= 0 and found:
+                if left <= 0 and len(found) >= least:
                     return found
                 runs = (_ROUNDS - turn) * len(what) - number
                 self._tell(text)
-                rate = _run([self._files], aio, direction, min(max(left, 0) / runs, _LONGEST_RUN))[0]
+                try:
+                    rate = run([self._files], aio, direction, min(max(left, 0) / runs, _LONGEST_RUN))[0]
+                except ConfigError as error:  # a queue deeper than this machine allows, for example
+                    if number == 0:  # the settings that are the best so far
+                        raise
+                    logger.info("left out: %s", error)
+                    continue
                 found.setdefault((aio, direction), []).append(rate)
         return found
 
     def _tell(self, text: str) -> None:
         self._progress(min((time.perf_counter() - self._started) / self._seconds, 1.0), text)
+
+
+def _engine_names() -> list[str]:
+    """Engines to try. The first one that works is what "auto" finds: it goes by that name, which works anywhere."""
+    if "OFFLOAD_OPT_ENGINE" in os.environ:
+        return ["auto"]
+    return ["auto", *_working_engines()[1:]]
+
+
+def _working_engines() -> list[str]:
+    return [name for name, works, _ in engines() if works]
 
 
 def simplest_of_the_best(rates: Mapping[AioConfig, float]) -> AioConfig:
@@ -352,6 +222,60 @@ def load_tuned(folder: str | os.PathLike[str]) -> Tuned | None:
         ) from error
 
 
+def settings_for(folder: str | os.PathLike[str]) -> AioConfig:
+    """The settings to use for a folder: those found for it, or else the defaults. Raises as ``load_tuned`` does.
+
+    An engine that does not work here any more gives way to ``"auto"``, and any to the environment's OFFLOAD_OPT_ENGINE.
+    """
+    tuned = load_tuned(folder)
+    if tuned is None:
+        return AioConfig()
+    aio = tuned.aio
+    if "OFFLOAD_OPT_ENGINE" in os.environ or aio.engine not in _working_engines():
+        aio = dataclasses.replace(aio, engine="auto")
+    logger.info(
+        "%s of %s: blocks of %s, queue depth %d, %d threads, engine %s",
+        Path(folder) / TUNED_FILE,
+        tuned.date,
+        format_bytes(cast(int, aio.block_size)),
+        aio.queue_depth,
+        aio.num_threads,
+        aio.engine,
+    )
+    return aio
+
+
+def bandwidths_of(folders: Sequence[Path], aio: AioConfig, memory: int) -> list[float]:
+    """Bandwidths of folders that are used at once, by which to spread units over them; all 1 where they are alike.
+
+    They are those that `offload-opt tune` found, where it found them for all; else they are measured, in about a
+    quarter of a second for each folder. Folders on one device share what it has.
+
+    Args:
+        folders: Existing folders.
+        aio: The settings to measure with.
+        memory: Bytes of buffers that the measuring may take.
+
+    Raises:
+        ConfigError: A file of `offload-opt tune` is malformed. OSError: a transfer failed.
+    """
+    devices = [folder.stat().st_dev for folder in folders]
+    sharing = Counter(devices)
+    tuned = [load_tuned(folder) for folder in folders] if len(folders) > 1 else []
+    if tuned and all(tuned):
+        return [found.mixed / sharing[device] for found, device in zip(tuned, devices, strict=True) if found]
+    if len(sharing) == 1:
+        return [1.0] * len(folders)
+    nbytes = max(min(memory // len(folders), _WEIGHED_ON), LEAST_MEASURED)
+    roomy = [folder for folder in folders if free_bytes(folder) > 2 * nbytes]
+    rates = dict(zip(roomy, measure(roomy, aio, direction="mixed", nbytes=nbytes, seconds=0.25), strict=True))
+    slowest = min(rates.values(), default=1.0)  # what has no room to be measured has hardly any for units
+    total: dict[int, float] = defaultdict(float)
+    for folder, device in zip(folders, devices, strict=True):
+        total[device] += rates.get(folder, slowest)
+    return [total[device] / sharing[device] for device in devices]
+
+
 def _read_small_file(path: Path) -> bytes | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait on a pipe
@@ -370,8 +294,8 @@ def _parse(content: Any) -> Tuned:
     rates = _entry(content, "bytes_per_second", dict)
     for name in ("read", "write", "mixed"):
         rate = rates.get(name)
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e15:
-            raise ValueError(f"bytes_per_second.{name} must be a positive number, not {rate!r:.40}")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 1 <= rate < 1e15:
+            raise ValueError(f"bytes_per_second.{name} must be a number from 1 to 1e15, not {rate!r:.40}")
     read, write, mixed = (float(rates[name]) for name in ("read", "write", "mixed"))
     return Tuned(_parse_settings(_entry(content, "settings", dict)), read, write, mixed, _entry(content, "date", str))
 
@@ -401,23 +325,10 @@ def _entry(content: dict[str, Any], name: str, kind: type) -> Any:
 
 def _room(folder: Path) -> int:
     """Bytes of test files that the folder has room for. Raises ConfigError where they are too few."""
-    try:
-        disk = os.statvfs(folder)
-    except OSError as error:
-        raise _no_files(folder, _LEAST_TUNED_ON, error) from error
-    free = disk.f_bavail * disk.f_frsize
+    free = free_bytes(check_folder(folder))
     if free < _LEAST_TUNED_ON * 9 // 8:
         raise ConfigError(
-            f"path {str(folder)!r} has too little room to tune: {format_bytes(_LEAST_TUNED_ON * 9 // 8)} are needed, "
+            f"path {str(folder)!r} is too small to tune: {format_bytes(_LEAST_TUNED_ON * 9 // 8)} are needed, "
             f"and {format_bytes(free)} are free"
         )
     return min(_TUNED_ON, free * 8 // 9)
-
-
-def _no_files(folder: Path, nbytes: int, error: OSError) -> Exception:
-    """What to raise for an error in making test files."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConfigError(f"path {str(folder)!r} has no room for {format_bytes(nbytes)} of test files")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"no test files can be made in path {str(folder)!r}: {error.strerror}")
-    return error

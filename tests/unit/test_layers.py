@@ -15,7 +15,7 @@ LAYERS = [
     ["errors", "config", "trace", "drives"],
     ["units", "codecs", "schedule", "planner", "inner"],
     ["aio", "buffers"],
-    ["store", "tuning"],
+    ["store", "bandwidth", "tuning"],
     ["swap_manager"],
     ["pager", "state_dict", "optimizer"],
     ["distributed", "integrations"],
