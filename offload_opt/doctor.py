@@ -23,7 +23,8 @@ from typing import Literal
 
 import torch
 
-from .aio import AioHandle, choose_engine, engines
+from . import aio
+from .aio import AioHandle, engines
 from .buffers import MAX_BUFFERS
 from .config import OffloadConfig, format_bytes
 from .drives import Drive, Mount, find_drives, find_mount, read_text
@@ -47,7 +48,6 @@ _ALLOW_IO_URING = (
     "see the lines above; in a container, its seccomp profile must pass io_uring_setup, io_uring_enter and "
     "io_uring_register (docker run --security-opt seccomp=PROFILE)"
 )
-_LARGEST_ALIGNMENT = 1 << 16
 _LITTLE_SPACE = 0.05  # of the file system; drives slow down when they are nearly full
 
 
@@ -113,6 +113,8 @@ def kernel(root: str | os.PathLike[str] = "/") -> Finding:
     numbers = [int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit()]
     if numbers < [5, 6]:
         found, advice = "too old for io_uring", "io_uring needs Linux 5.6 or later; until then other engines are used"
+    elif numbers < [5, 13]:
+        found, advice = "io_uring without registered buffers", "Linux 5.19 or later has all of io_uring that is used"
     elif numbers < [5, 19]:
         found, advice = "io_uring interrupts the training thread's core", "Linux 5.19 or later spares the interrupts"
     else:
@@ -140,7 +142,8 @@ def engine_findings() -> list[Finding]:
     some_work = any(works for _, works, _ in table)
     findings = []
     try:
-        chosen = choose_engine()
+        with AioHandle() as handle:
+            chosen = handle.engine
     except ConfigError as error:
         chosen = ""
         advice = "unset OFFLOAD_OPT_ENGINE" if some_work else _ALLOW_IO_URING
@@ -223,10 +226,14 @@ def memory(root: str | os.PathLike[str] = "/") -> Finding:
 
 
 def huge_pages(root: str | os.PathLike[str] = "/") -> Finding:
-    """The mode of transparent huge pages."""
+    """The mode of transparent huge pages, which buffers ask for."""
+    name = "huge pages"
     modes = read_text(root, "sys/kernel/mm/transparent_hugepage/enabled")
     chosen = modes.partition("[")[2].partition("]")[0]
-    return Finding("huge pages", "ok", f"transparent, {chosen}" if chosen else "the system does not say")
+    if chosen == "never":
+        advice = "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        return Finding(name, "warn", "transparent, never: buffers are made of small pages, which cost CPU", advice)
+    return Finding(name, "ok", f"transparent, {chosen}: buffers have them" if chosen else "the system does not say")
 
 
 def gpu(root: str | os.PathLike[str] = "/") -> Finding:
@@ -294,7 +301,10 @@ def file_system(mount: Mount) -> Finding:
 
 def direct_io(folder: Path) -> Finding:
     """Whether transfers there can go past the page cache."""
-    alignment, why_not = _try_direct_io(folder)
+    try:
+        alignment, why_not = aio.direct_io(folder)
+    except OSError as error:
+        alignment, why_not = 0, error.strerror or str(error)
     if alignment:
         return Finding("direct I/O", "ok", f"works, aligned to {alignment} bytes")
     advice = "choose another file system (ext4, XFS): through the page cache, transfers take memory and CPU"
@@ -403,31 +413,6 @@ def _registers_with_cuda() -> bool:
         pinned = tensor.is_pinned()
         handle.free_cpu_locked_tensor(tensor)
     return pinned
-
-
-def _try_direct_io(folder: Path) -> tuple[int, str]:
-    """(alignment in bytes of direct I/O in the folder or 0, why there is none): found by writing and reading back."""
-    error: OSError = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    with mmap.mmap(-1, _LARGEST_ALIGNMENT) as written, mmap.mmap(-1, _LARGEST_ALIGNMENT) as read:
-        written[:] = os.urandom(_LARGEST_ALIGNMENT)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".offload-opt-") as file:
-            try:
-                fd = os.open(file.name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as refused:
-                return 0, refused.strerror or str(refused)
-            try:
-                size = 512
-                while size <= _LARGEST_ALIGNMENT:
-                    try:
-                        with memoryview(written)[:size] as source, memoryview(read)[:size] as target:
-                            if os.pwrite(fd, source, size) == size and os.preadv(fd, [target], size) == size:
-                                return (size, "") if source == target else (0, "what was written is not what was read")
-                    except OSError as refused:
-                        error = refused
-                    size *= 2
-            finally:
-                os.close(fd)
-    return 0, error.strerror or str(error)
 
 
 def _limits(which: int) -> tuple[float, float]:
