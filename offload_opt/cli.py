@@ -26,18 +26,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .aio import engines
+from .aio import AioHandle, engines
+from .bandwidth import LEAST_MEASURED, Direction, TestFiles, run
 from .config import ENGINES, AioConfig, format_bytes, parse_bytes
 from .doctor import Finding, examine_folder, examine_machine
 from .errors import ConfigError, OffloadError
-from .tuning import Direction, measure, save_tuned, tune
+from .tuning import save_tuned, tune
 
 _WIDEST = 110  # columns: beyond, the eye does not find the next line
 _DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _COMPARED_ON = 512 << 20  # bytes
-_SHORTEST_RUN = 0.05  # seconds
+_WRITING = 0.15  # the part of a measurement's time in which its files are written
 _CHECKING = 0.25  # the part of tune's time that goes to measuring what was found against the defaults
+_NOISE = 0.25
 _GAIN = 1.03  # times the defaults' bandwidth: what is less is not worth a change
 
 Rates = dict[tuple[AioConfig, Direction], list[float]]
@@ -140,14 +142,19 @@ def _compare(
     advance: Callable[[float, str], None],
 ) -> Rates:
     """Measure all settings in all directions, in turns, so that what else the machine does hits all of them."""
+    if nbytes < LEAST_MEASURED:
+        raise ConfigError(f"at least {format_bytes(LEAST_MEASURED)} are needed to measure, not {format_bytes(nbytes)}")
+    for aio in configs:
+        AioHandle.from_config(aio, folder).close()  # what does not work fails before anything is written
     runs = [(aio, direction) for _ in range(repeats) for aio in configs for direction in _DIRECTIONS]
     rates: Rates = {}
     ends = time.perf_counter() + seconds
-    for number, (aio, direction) in enumerate(runs):
-        advance(number / len(runs), f"{aio.engine}, {format_bytes(cast(int, aio.block_size))}, {direction}")
-        share = (ends - time.perf_counter()) / (len(runs) - number) / 2  # the other half writes the test files
-        rate = measure([folder], aio, direction=direction, nbytes=nbytes, seconds=max(share, _SHORTEST_RUN))[0]
-        rates.setdefault((aio, direction), []).append(rate)
+    advance(0, "writing the test files")
+    with TestFiles(folder, nbytes, _WRITING * seconds) as files:
+        for number, (aio, direction) in enumerate(runs):
+            advance(number / len(runs), f"{aio.engine}, {format_bytes(cast(int, aio.block_size))}, {direction}")
+            share = max(ends - time.perf_counter(), 0) / (len(runs) - number)
+            rates.setdefault((aio, direction), []).append(run([files], aio, direction, share)[0])
     return rates
 
 
@@ -210,6 +217,9 @@ def _print_bench(console: Console, args: argparse.Namespace, configs: Sequence[A
         f"Medians of {args.repeats}, on {format_bytes(args.size)} of files. Mixed reads and writes at once, and counts "
         f"both: {fastest.engine} with blocks of {format_bytes(cast(int, fastest.block_size))} is the fastest at it."
     )
+    spread = max((max(repeats) - min(repeats)) / statistics.median(repeats) for repeats in rates.values())
+    if spread > _NOISE:
+        console.print(f"Repeats differ by up to {100 * spread:.0f} %: something else uses the drive.", style="yellow")
 
 
 def _median(rates: Rates, aio: AioConfig, direction: Direction) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -180,19 +182,22 @@ def test_bench_measures_the_grid(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def fake_drive(monkeypatch: pytest.MonkeyPatch, rate: Callable[[AioConfig, str], float]) -> None:
+    """Let measurements give these rates, without files."""
+    monkeypatch.setattr(cli, "TestFiles", lambda folder, nbytes, seconds: contextlib.nullcontext())
+    monkeypatch.setattr(cli, "run", lambda files, aio, direction, seconds: [rate(aio, direction)])
+
+
 def test_bench_takes_medians_of_repeats_in_turns(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[int, str]] = []
 
-    def measure(folders: list[Path], aio: AioConfig, *, direction: str, nbytes: int, seconds: float) -> list[float]:
-        assert folders == [tmp_path]
-        assert nbytes == 1 << 30
-        assert seconds > 0
+    def rate(aio: AioConfig, direction: str) -> float:
         order.append((int(aio.block_size), direction))
-        return [1e9 * len(order)]
+        return 1e9 * len(order)
 
-    monkeypatch.setattr(cli, "measure", measure)
+    fake_drive(monkeypatch, rate)
     arguments = ["--engine", "threads", "--block-size", "1MiB,2MiB"]
     status, out, _ = run(capsys, "bench", tmp_path, *arguments)
     once = [(block, direction) for block in (1 << 20, 2 << 20) for direction in ("read", "write", "mixed")]
@@ -212,13 +217,23 @@ def test_errors_are_one_line(
     assert (status, out) == (1, "")
     assert re.fullmatch(r"offload-opt: error: .*64 B.*\n", err)
 
-    def measure(*_: object, **__: object) -> list[float]:
+    def rate(aio: AioConfig, direction: str) -> float:
         raise OSError(errno.EIO, "read at offset 4096: Input/output error", "/mnt/x")
 
-    monkeypatch.setattr(cli, "measure", measure)
+    fake_drive(monkeypatch, rate)
     status, out, err = run(capsys, "bench", tmp_path)
     assert (status, out) == (1, "")
     assert err == "offload-opt: error: read at offset 4096: Input/output error: /mnt/x\n"
+
+
+def test_an_engine_that_does_not_work_fails_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "engines", lambda: [("threads", True, ""), ("io_uring", False, "it is forbidden")])
+    monkeypatch.setattr(cli, "TestFiles", None)
+    status, out, err = run(capsys, "bench", tmp_path, "--engine", "threads,io_uring")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"offload-opt: error: .*it is forbidden.*\n", err)
 
 
 # tune
@@ -237,7 +252,7 @@ def test_tune_saves_what_it_finds(capsys: pytest.CaptureFixture[str], tmp_path: 
 def with_tuned(monkeypatch: pytest.MonkeyPatch, found: AioConfig, rates: dict[AioConfig, float]) -> None:
     """Let ``tune`` find these settings, and measurements give these rates."""
     monkeypatch.setattr(cli, "tune", lambda *_, **__: Tuned(found, 9e9, 9e9, 9e9, "2026-01-02T03:04:05+00:00"))
-    monkeypatch.setattr(cli, "measure", lambda folders, aio, **_: [rates[aio]])
+    fake_drive(monkeypatch, lambda aio, direction: rates[aio])
 
 
 FOUND = AioConfig(block_size="4MiB", queue_depth=64)
