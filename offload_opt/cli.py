@@ -29,7 +29,7 @@ from rich.text import Text
 from .aio import AioHandle, engines
 from .bandwidth import LEAST_MEASURED, Direction, TestFiles, run
 from .config import ENGINES, AioConfig, format_bytes, parse_bytes
-from .doctor import Finding, examine_folder, examine_machine
+from .doctor import Finding, describe, examine_folder, examine_machine
 from .errors import ConfigError, OffloadError
 from .tuning import save_tuned, tune
 
@@ -212,11 +212,11 @@ def _print_bench(console: Console, args: argparse.Namespace, configs: Sequence[A
         block = format_bytes(cast(int, aio.block_size))
         table.add_row(aio.engine, block, str(aio.queue_depth), str(aio.num_threads), *cells)
     console.print(table)
-    fastest = best["mixed"]
     console.print(
         f"Medians of {args.repeats}, on {format_bytes(args.size)} of files. Mixed reads and writes at once, and counts "
-        f"both: {fastest.engine} with blocks of {format_bytes(cast(int, fastest.block_size))} is the fastest at it."
+        "both, as a step does."
     )
+    console.print(f"Fastest at it: {describe(best['mixed'])}.")
     spread = max((max(repeats) - min(repeats)) / statistics.median(repeats) for repeats in rates.values())
     if spread > _NOISE:
         console.print(f"Repeats differ by up to {100 * spread:.0f} %: something else uses the drive.", style="yellow")
@@ -285,12 +285,15 @@ def _ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What the caller ignores (nohup) or handles stays so.
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 # The arguments.

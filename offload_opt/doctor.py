@@ -13,20 +13,21 @@ import math
 import mmap
 import os
 import platform
+import re
 import resource
 import shlex
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from . import aio
 from .aio import AioHandle, engines
 from .buffers import MAX_BUFFERS
-from .config import OffloadConfig, format_bytes
+from .config import AioConfig, OffloadConfig, format_bytes
 from .drives import Drive, Mount, find_drives, find_mount, read_text
 from .errors import ConfigError
 from .tuning import TUNED_FILE, load_tuned
@@ -37,11 +38,11 @@ Status = Literal["ok", "warn", "fail"]
 _CAP_IPC_LOCK, _CAP_SYS_ADMIN = 14, 21
 _MLOCK_ONFAULT = 1
 
-_NETWORK = {
-    *("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "afs", "beegfs", "gpfs", "glusterfs", "pvfs2"),
-    *("orangefs", "ncpfs", "ocfs2", "gfs2", "wekafs"),
-}
-_IN_MEMORY = {"tmpfs", "ramfs"}
+_NETWORK = frozenset(
+    ["nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "afs", "beegfs", "gpfs", "glusterfs"]
+    + ["pvfs2", "orangefs", "ocfs2", "gfs2", "wekafs"]
+)
+_IN_MEMORY = frozenset(["tmpfs", "ramfs"])
 _ENOUGH_FILES = 1024
 _ENOUGH_AIO_EVENTS = 8192
 _ALLOW_IO_URING = (
@@ -110,7 +111,7 @@ def kernel(root: str | os.PathLike[str] = "/") -> Finding:
     release = read_text(root, "proc/sys/kernel/osrelease")
     if not release:
         return Finding("kernel", "warn", f"{platform.system()}, not Linux", "use Linux: only there is it tested")
-    numbers = [int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit()]
+    numbers = [int(number) for number in re.findall(r"\d+", release)[:2]]
     if numbers < [5, 6]:
         found, advice = "too old for io_uring", "io_uring needs Linux 5.6 or later; until then other engines are used"
     elif numbers < [5, 13]:
@@ -362,7 +363,14 @@ def tuned(folder: Path) -> Finding:
     if found is None:
         return Finding("tuned", "warn", f"no {TUNED_FILE} in it: the default I/O settings are used", command)
     rates = f"read {found.read / 1e9:.2f}, write {found.write / 1e9:.2f}, both at once {found.mixed / 1e9:.2f} GB/s"
-    return Finding("tuned", "ok", f"on {found.date}: {rates}")
+    return Finding("tuned", "ok", f"on {found.date[:10]}: {describe(found.aio)}; {rates}")
+
+
+def describe(settings: AioConfig) -> str:
+    """I/O settings in words."""
+    threads = f"{settings.num_threads} thread{'s' * (settings.num_threads > 1)}"
+    block = format_bytes(cast(int, settings.block_size))
+    return f"engine {settings.engine}, blocks of {block}, queue depth {settings.queue_depth}, {threads}"
 
 
 # How it is found out.

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,7 +208,8 @@ def test_bench_takes_medians_of_repeats_in_turns(
         ["threads", "1.0", "MiB", "32", "1", "7.00", "8.00", "9.00"],
         ["threads", "2.0", "MiB", "32", "1", "10.00", "11.00", "12.00"],
     ]
-    assert "threads with blocks of 2.0 MiB is the fastest" in in_words(out)
+    assert "Fastest at it: engine threads, blocks of 2.0 MiB, queue depth 32, 1 thread." in in_words(out)
+    assert "Repeats differ by up to" in out
 
 
 def test_errors_are_one_line(
@@ -234,6 +236,41 @@ def test_an_engine_that_does_not_work_fails_before_anything_is_written(
     status, out, err = run(capsys, "bench", tmp_path, "--engine", "threads,io_uring")
     assert (status, out) == (1, "")
     assert re.fullmatch(r"offload-opt: error: .*it is forbidden.*\n", err)
+
+
+def test_warnings_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(aio: AioConfig, direction: str) -> float:
+        warnings.warn("the drive is warm", UserWarning, stacklevel=2)
+        return 1e9
+
+    fake_drive(monkeypatch, rate)
+    status, out, err = run(capsys, "bench", tmp_path, "--json")
+    assert status == 0
+    assert json.loads(out)["results"]
+    assert set(err.splitlines()) == {"offload-opt: warning: the drive is warm"}
+
+
+def test_signals_that_the_caller_ignores_stay_ignored(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = []
+
+    def rate(aio: AioConfig, direction: str) -> float:
+        handlers.append((signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)))
+        return 1e9
+
+    fake_drive(monkeypatch, rate)
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    try:
+        assert run(capsys, "bench", tmp_path)[0] == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert {hup for hup, _ in handlers} == {signal.SIG_IGN}
+    assert signal.SIG_DFL not in {term for _, term in handlers}
 
 
 # tune

@@ -47,6 +47,7 @@ def check(finding: Finding, status: str, found: str = "", advice: str = "") -> N
         ("5.4.0-1", "warn", "too old for io_uring"),
         ("4.18.0-553.el8", "warn", "too old for io_uring"),
         ("10.0.1", "ok", "has all"),
+        ("6.12+", "ok", "has all"),
     ],
 )
 def test_kernel(tmp_path: Path, release: str, status: str, found: str) -> None:
@@ -355,6 +356,7 @@ def test_tuned(tmp_path: Path) -> None:
     check(doctor.tuned(tmp_path), "warn", "no offload-opt.json", f"offload-opt tune {tmp_path}")
     save_tuned(tmp_path, Tuned(AioConfig(), 3e9, 2e9, 2.5e9, "2026-01-02T03:04:05+00:00"))
     check(doctor.tuned(tmp_path), "ok", "2026-01-02")
+    assert "engine auto, blocks of 1.0 MiB, queue depth 32, 1 thread; " in doctor.tuned(tmp_path).found
     assert "read 3.00, write 2.00, both at once 2.50 GB/s" in doctor.tuned(tmp_path).found
     (tmp_path / TUNED_FILE).write_text("{")
     check(doctor.tuned(tmp_path), "fail", str(tmp_path / TUNED_FILE), "offload-opt tune")
