@@ -39,8 +39,10 @@ _CAP_IPC_LOCK, _CAP_SYS_ADMIN = 14, 21
 _MLOCK_ONFAULT = 1
 
 _NETWORK = frozenset(
-    ["nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "afs", "beegfs", "gpfs", "glusterfs"]
-    + ["pvfs2", "orangefs", "ocfs2", "gfs2", "wekafs"]
+    [
+        *("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "afs", "beegfs", "gpfs", "glusterfs"),
+        *("pvfs2", "orangefs", "ocfs2", "gfs2", "wekafs"),
+    ]
 )
 _IN_MEMORY = frozenset(["tmpfs", "ramfs"])
 _ENOUGH_FILES = 1024
@@ -93,7 +95,8 @@ def examine_folder(folder: Path, root: str | os.PathLike[str] = "/") -> list[Fin
     findings.append(space(folder))
     if mount is not None:
         findings += [drive(found) for found in find_drives(mount, root)]
-    findings.append(tuned(folder))
+    if findings[0].status != "fail":
+        findings.append(tuned(folder))
     return findings
 
 
@@ -181,7 +184,10 @@ def locked_memory(root: str | os.PathLike[str] = "/", try_lock: Callable[[int], 
         if soft < wanted and _has_capability(_CAP_IPC_LOCK, root):
             limits += ", which CAP_IPC_LOCK lifts"
         return Finding("locked memory", "ok", f"{format_bytes(wanted)} can be locked ({limits})")
-    found = f"{format_bytes(wanted)}, the default host_memory, cannot be locked: {why_not} ({limits})"
+    if soft < wanted:
+        found = f"at most {format_bytes(soft)}, and the default host_memory is {format_bytes(wanted)}"
+    else:
+        found = f"{format_bytes(wanted)}, the default host_memory, cannot be locked: {why_not}"
     if soft < wanted <= hard:
         kib = "unlimited" if hard == math.inf else f"{hard // 1024:.0f}"
         advice = f"before starting Python: ulimit -l {kib}"
@@ -272,7 +278,7 @@ def writable(folder: Path) -> Finding:
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "make space, or choose another folder"
         elif folder.stat().st_uid != os.geteuid():
-            advice = f"as root: chown {os.geteuid()} {shlex.quote(str(folder))}"
+            advice = f"choose a folder of yours; or as root, chown {os.geteuid()} {shlex.quote(str(folder))}"
         return Finding("folder", "fail", f"no file can be made in it: {os.strerror(error.errno or 0)}", advice)
 
 
