@@ -25,7 +25,7 @@ from .store import check_folder
 
 Direction = Literal["read", "write", "mixed"]
 
-MAX_TRANSFER = 16 << 20
+_MAX_TRANSFER = 16 << 20
 """Bytes."""
 LEAST_MEASURED = 1 << 20
 """Bytes of test files in a folder."""
@@ -60,11 +60,11 @@ def measure(
     if nbytes < LEAST_MEASURED:
         raise ConfigError(f"at least {format_bytes(LEAST_MEASURED)} are needed to measure, not {format_bytes(nbytes)}")
     with contextlib.ExitStack() as stack:
-        drives = [stack.enter_context(TestFiles(Path(folder), nbytes, seconds)) for folder in folders]
+        drives = [stack.enter_context(ScratchFiles(Path(folder), nbytes, seconds)) for folder in folders]
         return run(drives, aio, direction, seconds)
 
 
-class TestFiles:
+class ScratchFiles:
     """Files in one folder, written once so that all of them lies on the drive, and the buffers that go with them.
 
     Writing stops after ``seconds``, with at least one file for each buffer.
@@ -76,7 +76,7 @@ class TestFiles:
         self.folder = folder
         self._stack = contextlib.ExitStack()
         check_folder(folder)
-        transfer = min(MAX_TRANSFER, nbytes // _IN_FLIGHT // _PAGE * _PAGE)
+        transfer = min(_MAX_TRANSFER, nbytes // _IN_FLIGHT // _PAGE * _PAGE)
         with self._stack as stack:  # closes all of it if the rest fails
             try:
                 made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".offload-opt-", dir=folder)))
@@ -95,7 +95,7 @@ class TestFiles:
         """Remove the files and free the buffers."""
         self._stack.close()
 
-    def __enter__(self) -> TestFiles:
+    def __enter__(self) -> ScratchFiles:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -129,7 +129,7 @@ class TestFiles:
 class _Ring:
     """The transfers under way on one folder's files, oldest first: one for each buffer."""
 
-    def __init__(self, handle: AioHandle, files: TestFiles, direction: Direction) -> None:
+    def __init__(self, handle: AioHandle, files: ScratchFiles, direction: Direction) -> None:
         self._handle = handle
         self._files = files
         self._direction = direction
@@ -174,7 +174,7 @@ class _Ring:
         self._pending.append((future, buffer))
 
 
-def run(drives: Sequence[TestFiles], aio: AioConfig, direction: Direction, seconds: float) -> list[float]:
+def run(drives: Sequence[ScratchFiles], aio: AioConfig, direction: Direction, seconds: float) -> list[float]:
     """Bytes per second of each drive, all at once."""
     with contextlib.closing(AioHandle.from_config(aio, drives[0].folder)) as handle:
         rings = [_Ring(handle, files, direction) for files in drives]

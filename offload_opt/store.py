@@ -106,9 +106,10 @@ def check_space(folders: Sequence[Path], nbytes: int) -> None:
     left_over = [file for folder in folders for file in (folder / "units").glob(_UNIT_FILES)]
     free = sum(free_on.values()) + sum(file.stat().st_blocks * 512 for file in left_over)
     if nbytes > free:
-        paths = ", ".join(repr(str(folder.parent)) for folder in folders)
+        paths = [str(folder.parent) for folder in folders]
+        shown = paths if len(paths) > 1 else repr(paths[0])
         raise ConfigError(
-            f"path {paths} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
+            f"path {shown} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
             f"{format_bytes(free)} are free"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -388,6 +389,41 @@ def test_a_full_disk(small_disk: Path, handle: AioHandle) -> None:
         swap_store.create(more[:2])  # what they took is free again
         target = torch.zeros_like(data)
         swap_store.read(first, target).wait()
+        assert torch.equal(target, data), f"seed {seed()}"
+
+
+def test_several_full_folders(small_disk: Path, handle: AioHandle) -> None:
+    folders = [small_disk / "a", small_disk / "b"]
+    with contextlib.closing(SwapStore(folders, handle)) as swap_store:
+        units = [plain_unit(index, 300 << 10) for index in range(4)]
+        with pytest.raises(StoreError, match=r"304\.0 KiB") as caught:
+            swap_store.create(units)
+        assert all(f"are free in {folder}" in str(caught.value) for folder in folders)
+        swap_store.create(units[:3])
+        assert [swap_store.path_of(swap_unit).parent.parent for swap_unit in units[:3]] == [*folders, folders[0]]
+
+
+def test_a_folder_over_its_quota_is_passed_by(store: Path, handle: AioHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [store / "a", store / "b"]
+    allocate = os.posix_fallocate
+    calls = 0
+
+    def refuse_the_first(fd: int, offset: int, size: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        allocate(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_the_first)
+    with contextlib.closing(SwapStore(folders, handle)) as swap_store:
+        swap_unit, data = plain_unit(0, PAGE), random_data(PAGE)
+        swap_store.create([swap_unit])
+        assert swap_store.path_of(swap_unit).parent.parent == folders[1]
+        assert list((folders[0] / "units").iterdir()) == []
+        swap_store.write(swap_unit, data).wait()
+        target = torch.zeros_like(data)
+        swap_store.read(swap_unit, target).wait()
         assert torch.equal(target, data), f"seed {seed()}"
 
 
