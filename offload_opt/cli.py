@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .aio import AioHandle, engines
-from .bandwidth import LEAST_MEASURED, Direction, TestFiles, run
+from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .config import ENGINES, AioConfig, format_bytes, parse_bytes
 from .doctor import Finding, describe, examine_folder, examine_machine
 from .errors import ConfigError, OffloadError
@@ -150,7 +150,7 @@ def _compare(
     rates: Rates = {}
     ends = time.perf_counter() + seconds
     advance(0, "writing the test files")
-    with TestFiles(folder, nbytes, _WRITING * seconds) as files:
+    with ScratchFiles(folder, nbytes, _WRITING * seconds) as files:
         for number, (aio, direction) in enumerate(runs):
             advance(number / len(runs), f"{aio.engine}, {format_bytes(cast(int, aio.block_size))}, {direction}")
             share = max(ends - time.perf_counter(), 0) / (len(runs) - number)

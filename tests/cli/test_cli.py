@@ -185,7 +185,7 @@ def test_bench_measures_the_grid(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def fake_drive(monkeypatch: pytest.MonkeyPatch, rate: Callable[[AioConfig, str], float]) -> None:
     """Let measurements give these rates, without files."""
-    monkeypatch.setattr(cli, "TestFiles", lambda folder, nbytes, seconds: contextlib.nullcontext())
+    monkeypatch.setattr(cli, "ScratchFiles", lambda folder, nbytes, seconds: contextlib.nullcontext())
     monkeypatch.setattr(cli, "run", lambda files, aio, direction, seconds: [rate(aio, direction)])
 
 
@@ -232,7 +232,7 @@ def test_an_engine_that_does_not_work_fails_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_C, "engines", lambda: [("threads", True, ""), ("io_uring", False, "it is forbidden")])
-    monkeypatch.setattr(cli, "TestFiles", None)
+    monkeypatch.setattr(cli, "ScratchFiles", None)
     status, out, err = run(capsys, "bench", tmp_path, "--engine", "threads,io_uring")
     assert (status, out) == (1, "")
     assert re.fullmatch(r"offload-opt: error: .*it is forbidden.*\n", err)
