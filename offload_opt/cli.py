@@ -216,8 +216,8 @@ def _print_bench(console: Console, args: argparse.Namespace, configs: Sequence[A
         table.add_row(aio.engine, block, str(aio.queue_depth), str(aio.num_threads), *cells)
     console.print(table)
     console.print(
-        f"Medians of {args.repeats}, on at most {format_bytes(args.size)} of files. Mixed reads and writes at once, and counts "
-        "both, as a step does."
+        f"Medians of {args.repeats}, on at most {format_bytes(args.size)} of files. Mixed reads and writes at once, as a "
+        "step does, and counts both."
     )
     console.print(f"Fastest at it: {describe(best['mixed'])}.")
     spread = max((max(repeats) - min(repeats)) / statistics.median(repeats) for repeats in rates.values())
@@ -247,8 +247,9 @@ def _print_tuned(console: Console, folder: Path, configs: Sequence[AioConfig], r
     """The defaults, and beside them what was found, where it is something else."""
     table = Table(title=f"I/O settings for {escape(str(folder))}")
     default, found = configs[0], configs[-1]
-    for name in ("", "default") if found == default else ("", "default", "found", ""):
-        table.add_column(name, justify="right" if name else "left")
+    table.add_column()
+    for name in ("default",) if found == default else ("default", "found", ""):
+        table.add_column(name, justify="right")
 
     def row(name: str, of_default: str, of_found: str, change: str) -> None:
         table.add_row(*[name, of_default, of_found, change][: len(table.columns)])
@@ -321,7 +322,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     text = "measure how fast a folder's drive reads, writes, and does both"
-    bench = commands.add_parser("bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST has commas.")
+    bench = commands.add_parser(
+        "bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST is separated by commas."
+    )
     add = bench.add_argument
     add("path", type=_folder, metavar="PATH", help="a folder on the drive; temporary files are made in it")
     add("--size", type=_size, default="1GiB", help="of these files in all, at most (default: %(default)s)")
