@@ -16,6 +16,10 @@ struct FaultPlan {
   double again = 0;           // -EAGAIN, nothing done
   double io_error = 0;        // -EIO, nothing done
   double no_space = 0;        // -ENOSPC for writes, nothing done
+  double full = 0;            // not taken, as if the queue were full; never while nothing is in flight
+  double late = 0;            // taken, but started only by the next reap()
+  double delayed = 0;         // the completion is held back for some reaps, or for up to 300 microseconds
+  double shuffled = 0;        // for each reap(): the completions come in random order
 };
 
 std::unique_ptr<IoEngine> make_fault_engine(std::unique_ptr<IoEngine> inner, const FaultPlan& plan);

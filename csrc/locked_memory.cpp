@@ -50,7 +50,7 @@ class Regions {
 
  private:
   Regions() {
-    // A child of fork() frees memory and makes some of its own: it must not find the lock taken.
+    // A child of fork() makes memory of its own: it must not find the lock taken.
     ::pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
   }
 
@@ -114,6 +114,8 @@ LockedMemory::LockedMemory(std::size_t size) : size_((size + page_size() - 1) / 
 }
 
 LockedMemory::~LockedMemory() {
+  // In a child of fork() that the memory was left out of, something else may lie there.
+  if (region_->foreign()) return;
   region_->end();
   Regions::get().remove(region_);
   ::munmap(data_, size_);

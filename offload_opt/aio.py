@@ -393,10 +393,11 @@ def _allocate_locked(size: int) -> _C.LockedMemory | None:
         raise ValueError(f"a tensor cannot have {size} bytes")
     page = _C.page_size()
     registered = False
+    owner = os.getpid()
 
     def forget(address: int) -> None:
         _locked.pop(address, None)
-        if registered:
+        if registered and os.getpid() == owner:  # CUDA does not work in a child of fork()
             _cuda_runtime().cudaHostUnregister(address)
 
     memory = _C.LockedMemory((size + page - 1) // page * page, forget)

@@ -1,4 +1,6 @@
-// Drives the native core without Python, so that the sanitizers see all of it. `test_core [FOLDER] [SEED]`
+// Drives the native core without Python, so that the sanitizers see all of it.
+//   test_core [FOLDER] [SEED]               the tests below, on every engine
+//   test_core FOLDER --plans FIRST COUNT    seeded fault plans, see test_plans.cpp
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -19,58 +21,14 @@
 #include "aio_handle.h"
 #include "engine_fault.h"
 #include "locked_memory.h"
+#include "support.h"
 
 using namespace offload_opt;
-namespace fs = std::filesystem;
 
 namespace {
 
-struct Failure : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-#define CHECK(condition)                                                                                       \
-  do {                                                                                                         \
-    if (!(condition)) throw Failure(std::string(__FILE__) + ":" + std::to_string(__LINE__) + ": " #condition); \
-  } while (false)
-
 fs::path folder;
 std::uint64_t seed = 1;
-
-using Bytes = std::vector<char>;
-
-Bytes random_bytes(std::mt19937_64& random, std::size_t size) {
-  Bytes bytes(size);
-  bytes.reserve(1);  // data() is then never null, which memcpy() asks for
-  for (auto& byte : bytes) byte = static_cast<char>(random());
-  return bytes;
-}
-
-TransferSpec spec(Direction direction, void* data, std::uint64_t length, std::uint64_t offset, const fs::path& path) {
-  TransferSpec result{};
-  result.direction = direction;
-  result.data = data;
-  result.length = length;
-  result.offset = offset;
-  result.path = path.string();
-  return result;
-}
-
-std::uint64_t finish(AioHandle& handle, const OperationPtr& operation) {
-  while (!handle.wait_for(*operation, std::chrono::milliseconds(1000))) {
-  }
-  return handle.result(*operation);
-}
-
-template <typename Call>
-int error_of(Call call) {
-  try {
-    call();
-  } catch (const IoError& error) {
-    return error.error;
-  }
-  return 0;
-}
 
 // Random sizes, offsets and alignments through page-aligned memory, written, read back, and compared with a model.
 void round_trips(const EngineEntry& engine, const EngineFactory& factory, int rounds, const fs::path& path) {
@@ -319,13 +277,8 @@ void pending_work_at_the_end(const EngineEntry& engine) {
   CHECK(finish(handle, written) == bytes.size());
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  folder = fs::path(argc > 1 ? argv[1] : ".") / ("offload_opt_core_" + std::to_string(::getpid()));
-  if (argc > 2) seed = std::strtoull(argv[2], nullptr, 10);
-  fs::create_directories(folder);
-  std::cout << "seed " << seed << ", files in " << folder << "\n";
+// Every test on every engine. Returns whether all have passed.
+bool run_tests() {
   struct Test {
     const char* name;
     std::function<void(const EngineEntry&)> run;
@@ -358,7 +311,30 @@ int main(int argc, char** argv) {
       }
     }
   }
-  fs::remove_all(folder);
   std::cout << passed << " passed, " << failed << " failed\n";
-  return failed == 0 && passed > 0 ? 0 : 1;
+  return failed == 0 && passed > 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string parent = argc > 1 ? argv[1] : ".";
+  const std::string name = "offload_opt_core_" + std::to_string(::getpid());
+  folder = fs::path(parent) / name;
+  fs::create_directories(folder);
+  bool held;
+  if (argc == 5 && std::string(argv[2]) == "--plans") {
+    Folders folders{folder};
+    const fs::path other_device = "/dev/shm";
+    if (fs::is_directory(other_device)) fs::create_directory(folders.emplace_back(other_device / name));
+    const std::string command = std::string(argv[0]) + " " + parent + " --plans";
+    held = run_plans(folders, std::strtoull(argv[3], nullptr, 10), std::strtoull(argv[4], nullptr, 10), command);
+    fs::remove_all(folders.back());
+  } else {
+    if (argc > 2) seed = std::strtoull(argv[2], nullptr, 10);
+    std::cout << "seed " << seed << ", files in " << folder << "\n";
+    held = run_tests();
+  }
+  fs::remove_all(folder);
+  return held ? 0 : 1;
 }

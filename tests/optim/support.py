@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +86,3 @@ def parameters(*sizes: int) -> list[torch.nn.Parameter]:
     for parameter in result:
         parameter.grad = torch.randn_like(parameter)
     return result
-
-
-def run_script(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *args], capture_output=True, text=True, timeout=120, check=False
-    )

@@ -16,7 +16,8 @@ from offload_opt import (
     StoreError,
     UnsupportedOptimizerError,
 )
-from tests.optim.support import SHAPES, Pair, adam, parameters, run_script
+from tests import scripts
+from tests.optim.support import SHAPES, Pair, adam, parameters
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_folder_that_is_not_writable_is_refused() -> None:
                 print(error)
             os.seteuid(os.getuid())
     """
-    done = run_script(script)
+    done = scripts.run(script)
     assert "is not writable" in done.stdout, done.stderr
 
 

@@ -18,7 +18,8 @@ from offload_opt import (
     OffloadOptimizer,
     StepFailedError,
 )
-from tests.optim.support import HOST_MEMORY, Pair, adam, parameters, run_script
+from tests import scripts
+from tests.optim.support import HOST_MEMORY, Pair, adam, parameters
 
 
 def test_a_background_error_is_raised_at_the_next_call_and_sticks(pair: Pair) -> None:
@@ -89,7 +90,7 @@ def test_a_write_error_has_errno_path_and_offset_and_the_process_exits_cleanly(s
             print("raised")
         # Neither closed nor collected: the interpreter's exit has to cope.
     """
-    done = run_script(script, str(store))
+    done = scripts.run(script, str(store))
     assert (done.returncode, done.stdout, done.stderr) == (0, "raised\n", "")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 8192
 
@@ -103,7 +104,7 @@ def test_exit_without_close_is_clean(store: Path) -> None:
             p.grad = torch.ones_like(p)
             opt.step()
     """
-    done = run_script(script, str(store))
+    done = scripts.run(script, str(store))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -144,7 +145,7 @@ def test_a_forked_child_leaves_the_optimizer_alone(store: Path) -> None:
         assert opt.state[p]["step"] == 2
         print(opt.state[p]["exp_avg"].unique().tolist())
     """
-    done = run_script(script, str(store))
+    done = scripts.run(script, str(store))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{[torch.tensor(0.9 * 0.1 + 0.1).item()]}\n"
 
