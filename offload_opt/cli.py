@@ -216,8 +216,8 @@ def _print_bench(console: Console, args: argparse.Namespace, configs: Sequence[A
         table.add_row(aio.engine, block, str(aio.queue_depth), str(aio.num_threads), *cells)
     console.print(table)
     console.print(
-        f"Medians of {args.repeats}, on at most {format_bytes(args.size)} of files. Mixed reads and writes at once, as a "
-        "step does, and counts both."
+        f"Medians of {args.repeats}, on at most {format_bytes(args.size)} of files. Mixed reads and writes at once, as "
+        "a step does, and counts both."
     )
     console.print(f"Fastest at it: {describe(best['mixed'])}.")
     spread = max((max(repeats) - min(repeats)) / statistics.median(repeats) for repeats in rates.values())
