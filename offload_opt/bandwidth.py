@@ -94,6 +94,7 @@ class ScratchFiles:
     def close(self) -> None:
         """Remove the files and free the buffers."""
         self._stack.close()
+        self.buffers.clear()
 
     def __enter__(self) -> ScratchFiles:
         return self

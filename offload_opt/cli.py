@@ -36,7 +36,7 @@ from .tuning import save_tuned, tune
 _WIDEST = 110  # columns: beyond, the eye does not find the next line
 _DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_COMPARED_ON = 512 << 20  # bytes
+_COMPARED_ON = 256 << 20  # bytes: tune() needs room for as much
 _WRITING = 0.15  # the part of a measurement's time in which its files are written
 _CHECKING = 0.25  # the part of tune's time that goes to measuring what was found against the defaults
 _NOISE = 0.25
@@ -144,8 +144,11 @@ def _compare(
     """Measure all settings in all directions, in turns, so that what else the machine does hits all of them."""
     if nbytes < LEAST_MEASURED:
         raise ConfigError(f"at least {format_bytes(LEAST_MEASURED)} are needed to measure, not {format_bytes(nbytes)}")
-    for aio in configs:
-        AioHandle.from_config(aio, folder).close()  # what does not work fails before anything is written
+    for aio in configs:  # what does not work fails before anything is written
+        try:
+            AioHandle.from_config(aio, folder).close()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     runs = [(aio, direction) for _ in range(repeats) for aio in configs for direction in _DIRECTIONS]
     rates: Rates = {}
     ends = time.perf_counter() + seconds
@@ -213,13 +216,15 @@ def _print_bench(console: Console, args: argparse.Namespace, configs: Sequence[A
         table.add_row(aio.engine, block, str(aio.queue_depth), str(aio.num_threads), *cells)
     console.print(table)
     console.print(
-        f"Medians of {args.repeats}, on {format_bytes(args.size)} of files. Mixed reads and writes at once, and counts "
-        "both, as a step does."
+        f"Medians of {args.repeats}, on at most {format_bytes(args.size)} of files. Mixed reads and writes at once, as "
+        "a step does, and counts both."
     )
     console.print(f"Fastest at it: {describe(best['mixed'])}.")
     spread = max((max(repeats) - min(repeats)) / statistics.median(repeats) for repeats in rates.values())
     if spread > _NOISE:
-        console.print(f"Repeats differ by up to {100 * spread:.0f} %: something else uses the drive.", style="yellow")
+        console.print(
+            f"Repeats differ by up to {100 * spread:.0f} %: the drive is busy, or not steady.", style="yellow"
+        )
 
 
 def _median(rates: Rates, aio: AioConfig, direction: Direction) -> float:
@@ -241,18 +246,23 @@ def _bench_content(args: argparse.Namespace, configs: Sequence[AioConfig], rates
 def _print_tuned(console: Console, folder: Path, configs: Sequence[AioConfig], rates: Rates) -> None:
     """The defaults, and beside them what was found, where it is something else."""
     table = Table(title=f"I/O settings for {escape(str(folder))}")
+    default, found = configs[0], configs[-1]
     table.add_column()
-    for name in ("default", "found", "")[: 2 * len(configs) - 1]:
+    for name in ("default",) if found == default else ("default", "found", ""):
         table.add_column(name, justify="right")
+
+    def row(name: str, of_default: str, of_found: str, change: str) -> None:
+        table.add_row(*[name, of_default, of_found, change][: len(table.columns)])
+
     for field in dataclasses.fields(AioConfig):
-        values = [getattr(aio, field.name) for aio in configs]
+        values = [getattr(aio, field.name) for aio in (default, found)]
         shown = [format_bytes(value) if field.name == "block_size" else str(value) for value in values]
-        table.add_row(field.name, *shown, *["" if values[0] == values[-1] else "changed"][: len(configs) - 1])
+        row(field.name, shown[0], shown[1], "" if values[0] == values[1] else "changed")
     table.add_section()
     for direction in _DIRECTIONS:
-        medians = [_median(rates, aio, direction) for aio in configs]
-        change = [f"{100 * (medians[-1] / medians[0] - 1):+.0f} %"][: len(configs) - 1]
-        table.add_row(direction, *(f"{median / 1e9:.2f} GB/s" for median in medians), *change)
+        before, after = (_median(rates, aio, direction) for aio in (default, found))
+        change = f"{100 * (after / before - 1):+.0f} %"
+        row(direction, f"{before / 1e9:.2f} GB/s", f"{after / 1e9:.2f} GB/s", change)
     console.print(table)
 
 
@@ -312,10 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     text = "measure how fast a folder's drive reads, writes, and does both"
-    bench = commands.add_parser("bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST has commas.")
+    bench = commands.add_parser(
+        "bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST is separated by commas."
+    )
     add = bench.add_argument
     add("path", type=_folder, metavar="PATH", help="a folder on the drive; temporary files are made in it")
-    add("--size", type=_size, default="1GiB", help="of these files in all (default: %(default)s)")
+    add("--size", type=_size, default="1GiB", help="of these files in all, at most (default: %(default)s)")
     add("--block-size", type=_list(_size), default="256KiB,1MiB,4MiB", metavar="LIST", help=_of("bytes of a request"))
     add("--queue-depth", type=_list(_positive), default="32", metavar="LIST", help=_of("requests in flight a thread"))
     add("--threads", type=_list(_positive), default="1", metavar="LIST", help=_of("I/O threads"))
@@ -340,21 +352,24 @@ def _of(text: str) -> str:
 
 def _folder(text: str) -> Path:
     path = Path(text)
-    if not path.is_dir():
-        wrong = "is not a folder" if path.exists() else "does not exist: make the folder first"
-        raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
-    return path
+    try:
+        if text and path.is_dir():
+            return path
+        wrong = "is not a folder" if text and path.exists() else "does not exist: make the folder first"
+    except OSError as error:
+        wrong = f"cannot be looked at: {error.strerror}"
+    raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
 
 
 def _size(text: str) -> int:
     try:
-        return parse_bytes(text if not text.isdigit() else int(text), "size")
+        return parse_bytes(text, "size")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
@@ -373,4 +388,4 @@ def _engine(text: str) -> str:
 
 
 def _list(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
-    return lambda text: [parse(part) for part in text.split(",")]
+    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))

@@ -38,13 +38,9 @@ Status = Literal["ok", "warn", "fail"]
 _CAP_IPC_LOCK, _CAP_SYS_ADMIN = 14, 21
 _MLOCK_ONFAULT = 1
 
-_NETWORK = frozenset(
-    [
-        *("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "afs", "beegfs", "gpfs", "glusterfs"),
-        *("pvfs2", "orangefs", "ocfs2", "gfs2", "wekafs"),
-    ]
-)
-_IN_MEMORY = frozenset(["tmpfs", "ramfs"])
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "afs"}
+_NETWORK |= {"ceph", "lustre", "beegfs", "gpfs", "glusterfs", "pvfs2", "orangefs", "ocfs2", "gfs2", "wekafs"}
+_IN_MEMORY = {"tmpfs", "ramfs"}
 _ENOUGH_FILES = 1024
 _ENOUGH_AIO_EVENTS = 8192
 _ALLOW_IO_URING = (

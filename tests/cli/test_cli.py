@@ -66,6 +66,20 @@ def test_a_path_that_is_no_folder_is_a_usage_error(
     assert "is not a folder" in err
 
 
+def test_a_path_that_cannot_be_looked_at_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(capsys, "doctor", "")[0] == 2  # a shell's variable that is not set
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    status, out, err = run(capsys, "doctor", "/root/x")
+    assert (status, out) == (2, "")
+    assert "'/root/x' cannot be looked at: Permission denied" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -218,6 +232,11 @@ def test_errors_are_one_line(
     status, out, err = run(capsys, "bench", tmp_path, "--size", "64")
     assert (status, out) == (1, "")
     assert re.fullmatch(r"offload-opt: error: .*64 B.*\n", err)
+
+    status, out, err = run(capsys, "bench", tmp_path, "--queue-depth", "1000000")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"offload-opt: error: .*queue_depth.*1000000.*\n", err)
+    assert list(tmp_path.iterdir()) == []
 
     def rate(aio: AioConfig, direction: str) -> float:
         raise OSError(errno.EIO, "read at offset 4096: Input/output error", "/mnt/x")
