@@ -45,12 +45,12 @@ class Files:
     size: int
 
     @classmethod
-    def make(cls, folder: Path, size: int, content: torch.Tensor) -> Files:
-        files = cls(folder / "read.bin", folder / "write.bin", size)
+    def make(cls, folder: Path, content: torch.Tensor) -> Files:
+        files = cls(folder / "read.bin", folder / "write.bin", content.nbytes)
         with AioHandle() as handle:
             for path in (files.read, files.write):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                os.posix_fallocate(fd, 0, size)
+                os.posix_fallocate(fd, 0, files.size)
                 handle.sync_pwrite(content, path)
                 os.fsync(fd)
                 os.close(fd)
@@ -75,7 +75,7 @@ def new_handle(setting: Setting, engine: str, *, registered: bool = True) -> Aio
 class Ours:
     """An AioHandle. Mixed: one handle, whose queues take both directions in turns, a quarter of the queue each time."""
 
-    def __init__(self, files: Files, setting: Setting, engine: str, buffers: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, files: Files, setting: Setting, engine: str, buffers: list[torch.Tensor]) -> None:
         self.name = f"offload_opt {engine}"
         self._files, self._setting, self._buffers = files, setting, buffers
         self._handle = new_handle(setting, engine)
