@@ -11,9 +11,11 @@
 #include <deque>
 #include <stdexcept>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 
 #include "block_pump.h"
+#include "locked_memory.h"
 
 namespace offload_opt {
 namespace {
@@ -50,7 +52,7 @@ IoError called_off(const IoError& cause) {
                  cause.path);
 }
 
-OperationPtr open_operation(TransferSpec spec) {
+OperationPtr open_operation(TransferSpec spec, OpenFiles& files, bool registered) {
   constexpr auto kMaxOffset = static_cast<std::uint64_t>(INT64_MAX);
   if (spec.offset > kMaxOffset || spec.length > kMaxOffset - spec.offset) {
     throw std::invalid_argument(std::to_string(spec.length) + " bytes at offset " + std::to_string(spec.offset) +
@@ -58,8 +60,9 @@ OperationPtr open_operation(TransferSpec spec) {
   }
   auto operation = std::make_shared<Operation>(std::move(spec));
   const TransferSpec& opened = operation->spec;
-  operation->file = IoFile::open(opened.path, opened.fd, opened.direction);
-  if (opened.validate) operation->validation_file = IoFile::open(opened.path, opened.fd, Direction::kRead);
+  operation->file = files.open(opened.path, opened.fd, opened.direction);
+  if (opened.validate) operation->validation_file = files.open(opened.path, opened.fd, Direction::kRead);
+  if (registered) operation->region = find_region(opened.data, opened.length);
   return operation;
 }
 
@@ -152,18 +155,42 @@ class Worker {
   std::thread thread_;
 };
 
+// The workers of one device.
+class Queue {
+ public:
+  // Throws std::system_error where an engine or a thread cannot be made.
+  Queue(const HandleConfig& config, const EngineFactory& make_engine, const BlockPump::SpanEnded& span_ended) {
+    try {
+      for (unsigned i = 0; i < config.num_threads; ++i) {
+        workers_.push_back(std::make_unique<Worker>(config, make_engine(config.queue_depth), span_ended));
+      }
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+
+  // One span a worker at most, of an operation whose `spans_left` says how many. Any thread.
+  void add(std::vector<Span> spans) {
+    const unsigned first = spans.size() == 1 ? next_.fetch_add(1) : 0;
+    for (unsigned i = 0; i < spans.size(); ++i) workers_[(first + i) % workers_.size()]->add(std::move(spans[i]));
+  }
+
+  void stop() {
+    for (auto& worker : workers_) worker->stop();
+    workers_.clear();
+  }
+
+ private:
+  std::vector<std::unique_ptr<Worker>> workers_;
+  std::atomic<unsigned> next_{0};
+};
+
 struct AioHandle::Impl {
   Impl(const HandleConfig& handle_config, EngineFactory factory)
       : config(handle_config), make_engine(std::move(factory)), owner(::getpid()) {
     check(config);
-    try {
-      for (unsigned i = 0; i < config.num_threads; ++i) {
-        workers.push_back(std::make_unique<Worker>(config, make_engine(config.queue_depth), span_ended()));
-      }
-    } catch (...) {
-      for (auto& worker : workers) worker->stop();
-      throw;
-    }
+    first_queue = std::make_unique<Queue>(config, make_engine, span_ended());
   }
 
   BlockPump::SpanEnded span_ended() {
@@ -190,6 +217,7 @@ struct AioHandle::Impl {
   void end(const OperationPtr& operation);
   bool queue(const OperationPtr& operation);                        // false: there is nothing to wait for
   std::vector<OperationPtr> finish(const OperationPtr& operation);  // returns those that waited for it alone
+  Queue& queue_of(dev_t device);
 
   const HandleConfig config;
   const EngineFactory make_engine;
@@ -201,13 +229,35 @@ struct AioHandle::Impl {
   std::uint64_t ended_since_wait = 0;
   std::vector<OperationPtr> unreported;  // failed, and nobody was told yet; oldest first
   std::atomic<bool> closed{false};
-  std::atomic<unsigned> next_worker{0};
 
   std::mutex inline_mutex;  // one run() at a time
   std::unique_ptr<BlockPump> inline_pump;
 
-  std::vector<std::unique_ptr<Worker>> workers;  // last: their threads use everything above
+  OpenFiles files;
+
+  // Last: their threads use everything above. The first device takes the first queue, which is made with the handle so
+  // that what is wrong shows there. A queue stays until the handle is closed.
+  std::mutex queues_mutex;
+  std::unordered_map<dev_t, Queue*> queue_by_device;
+  std::unique_ptr<Queue> first_queue;
+  std::vector<std::unique_ptr<Queue>> more_queues;
 };
+
+Queue& AioHandle::Impl::queue_of(dev_t device) {
+  std::lock_guard lock(queues_mutex);
+  Queue*& queue = queue_by_device[device];
+  if (queue != nullptr) return *queue;
+  queue = first_queue.get();
+  if (queue_by_device.size() > 1) {
+    try {
+      more_queues.push_back(std::make_unique<Queue>(config, make_engine, span_ended()));
+      queue = more_queues.back().get();
+    } catch (const std::system_error&) {
+      // No more threads or engines here: sharing a queue is slower, not wrong.
+    }
+  }
+  return *queue;
+}
 
 bool AioHandle::Impl::queue(const OperationPtr& operation) {
   Operation& op = *operation;
@@ -223,20 +273,17 @@ bool AioHandle::Impl::queue(const OperationPtr& operation) {
   const std::uint64_t end_offset = begin + op.spec.length;
   if (op.failed() || op.spec.length == 0) return false;
   // Up to one span a worker, cut on block boundaries of the file.
-  std::vector<std::uint64_t> cuts{begin};
+  std::vector<Span> spans;
   const std::uint64_t granule = op.file->granule();
   const std::uint64_t unit = (config.block_size + granule - 1) / granule * granule;
+  std::uint64_t next = begin;
   for (unsigned i = 1; i < config.num_threads; ++i) {
     const std::uint64_t cut = (begin + op.spec.length / config.num_threads * i) / unit * unit;
-    if (cut > cuts.back() && cut < end_offset) cuts.push_back(cut);
+    if (cut > next && cut < end_offset) spans.push_back({operation, std::exchange(next, cut), cut});
   }
-  cuts.push_back(end_offset);
-  const auto count = static_cast<unsigned>(cuts.size() - 1);
-  op.spans_left = count;
-  const unsigned first = next_worker.fetch_add(count == 1 ? 1 : 0);
-  for (unsigned i = 0; i < count; ++i) {
-    workers[(first + i) % workers.size()]->add(Span{operation, cuts[i], cuts[i + 1]});
-  }
+  spans.push_back({operation, next, end_offset});
+  op.spans_left = static_cast<unsigned>(spans.size());
+  queue_of(op.file->device()).add(std::move(spans));
   return true;
 }
 
@@ -288,7 +335,7 @@ AioHandle::~AioHandle() {
 
 OperationPtr AioHandle::submit(TransferSpec spec) {
   impl_->check_usable();
-  auto operation = open_operation(std::move(spec));
+  auto operation = open_operation(std::move(spec), impl_->files, impl_->config.registered);
   // Behind other operations the file's end may still move, so a read's bounds are checked when it starts.
   operation->deferred = !operation->spec.after.empty();
   if (!operation->deferred) check_end(*operation);
@@ -313,7 +360,7 @@ OperationPtr AioHandle::submit(TransferSpec spec) {
 std::uint64_t AioHandle::run(TransferSpec spec) {
   impl_->check_usable();
   spec.counted = false;
-  auto operation = open_operation(std::move(spec));
+  auto operation = open_operation(std::move(spec), impl_->files, impl_->config.registered);
   check_end(*operation);
   {
     std::lock_guard lock(impl_->mutex);
@@ -379,12 +426,11 @@ void AioHandle::close() {
     impl_->closed = true;
     impl_->ended_cv.wait(lock, [&] { return impl_->pending == 0; });
   }
-  std::vector<std::unique_ptr<Worker>> workers;
   {
-    std::lock_guard lock(impl_->mutex);
-    workers.swap(impl_->workers);
+    std::lock_guard lock(impl_->queues_mutex);
+    if (impl_->first_queue) impl_->first_queue->stop();
+    for (auto& queue : impl_->more_queues) queue->stop();
   }
-  for (auto& worker : workers) worker->stop();
   std::lock_guard lock(impl_->inline_mutex);
   impl_->inline_pump.reset();
 }
@@ -394,7 +440,7 @@ const HandleConfig& AioHandle::config() const { return impl_->config; }
 bool ended(const Operation& operation) { return operation.ended; }
 
 const std::vector<const EngineEntry*>& engine_table() {
-  static const std::vector<const EngineEntry*> table = {&kIoUringEngine, &kThreadsEngine};
+  static const std::vector<const EngineEntry*> table = {&kIoUringEngine, &kLibaioEngine, &kThreadsEngine};
   return table;
 }
 

@@ -1,6 +1,8 @@
 // The asynchronous I/O handle: splits operations into blocks, queues them on worker threads, reads every result,
 // resubmits what came short, and completes each operation exactly once.
 //
+// Each device has workers of its own, so that a slow one does not hold up the rest.
+//
 // Ownership: the handle owns its worker threads and their engines. An operation is shared by the handle, while it is
 // pending, and by whoever holds its pointer; it owns its open file until it ends, and never owns its memory: the caller
 // keeps the memory alive until the operation has ended. All public members may be called from any thread.
@@ -28,7 +30,8 @@ struct HandleConfig {
   unsigned queue_depth = 32;           // requests in flight on one worker
   bool single_submit = false;          // one request a system call
   bool overlap_events = true;          // refill the queue while completions arrive, instead of draining it first
-  unsigned num_threads = 1;            // workers, each with an engine of its own
+  unsigned num_threads = 1;            // workers for each device, each with an engine of its own
+  bool registered = true;              // let engines register memory and files with the kernel
 };
 
 // Makes the engine of one worker. The handle is given a function so that tests can put a fault engine in between.

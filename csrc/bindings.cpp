@@ -226,12 +226,12 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<PyHandle>(module, "Handle")
       .def(py::init([](std::uint64_t block_size, unsigned queue_depth, bool single_submit, bool overlap_events,
-                       unsigned num_threads, const std::string& engine) {
+                       unsigned num_threads, bool registered, const std::string& engine) {
              return std::make_unique<PyHandle>(
-                 HandleConfig{block_size, queue_depth, single_submit, overlap_events, num_threads}, engine);
+                 HandleConfig{block_size, queue_depth, single_submit, overlap_events, num_threads, registered}, engine);
            }),
            py::arg("block_size"), py::arg("queue_depth"), py::arg("single_submit"), py::arg("overlap_events"),
-           py::arg("num_threads"), py::arg("engine"))
+           py::arg("num_threads"), py::arg("registered"), py::arg("engine"))
       .def("submit", &PyHandle::submit, py::arg("write"), py::arg("data"), py::arg("length"), py::arg("path"),
            py::arg("fd"), py::arg("offset"), py::arg("validate"), py::arg("buffer"), py::arg("after"))
       .def("run_on_workers", &PyHandle::run_on_workers, py::arg("write"), py::arg("data"), py::arg("length"),
@@ -254,6 +254,11 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("buffer_address", &buffer_address, py::arg("buffer"), py::arg("writable"));
   module.def("engines", &engines);
+  module.def("direct_io", [](const std::string& folder) {
+    std::string why_not;
+    const std::uint64_t granule = direct_io(folder, why_not);
+    return py::make_tuple(granule, why_not);
+  });
   module.def("page_size", &page_size);
   module.def("trim_heap", &trim_heap);
   module.def("exclude_from_fork", &exclude_from_fork, py::arg("data"), py::arg("size"));

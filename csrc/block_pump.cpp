@@ -83,7 +83,11 @@ bool BlockPump::prepare_next(Block& block) {
     const bool then_direct = boundary < aligned_end && file.direct_allowed(data + (boundary - span.next), boundary);
     if (then_direct) end = std::min(end, boundary);
   }
-  block.request = {spec.direction, -1, data, static_cast<std::uint32_t>(end - span.next), span.next, 0};
+  block.request = {.direction = spec.direction,
+                   .data = data,
+                   .length = static_cast<std::uint32_t>(end - span.next),
+                   .offset = span.next,
+                   .region = span.operation->region.get()};
   try {
     choose_descriptor(block);
   } catch (IoError& error) {
@@ -98,9 +102,10 @@ bool BlockPump::prepare_next(Block& block) {
 
 void BlockPump::choose_descriptor(Block& block) const {
   IoFile& file = *block.span->operation->file;
-  const IoRequest& request = block.request;
+  IoRequest& request = block.request;
   block.direct = file.direct_allowed(request.data, request.offset) && request.length % file.granule() == 0;
-  block.request.fd = block.direct ? file.direct_fd() : file.buffered_fd();
+  request.fd = block.direct ? file.direct_fd() : file.buffered_fd();
+  request.file_id = config_.registered ? file.id(block.direct) : 0;
 }
 
 void BlockPump::send(std::vector<unsigned>& slots) {
@@ -117,6 +122,7 @@ void BlockPump::send(std::vector<unsigned>& slots) {
     sent += taken;
     in_flight_ += taken;
     if (taken == 0) break;
+    if (config_.single_submit) engine_->reap(0, {});  // starts it now
   }
   resend_.insert(resend_.end(), slots.begin() + static_cast<std::ptrdiff_t>(sent), slots.end());
 }

@@ -29,10 +29,11 @@ class Operation {
   const IoError& error() const { return *error_; }
 
   TransferSpec spec;
-  std::shared_ptr<IoFile> file;             // let go of when the operation ends
-  std::shared_ptr<IoFile> validation_file;  // to read back from; null without spec.validate
-  bool deferred = false;                    // waits for others; set once, before it is shared
-  std::atomic<unsigned> spans_left{0};      // spans that have not ended
+  std::shared_ptr<const MemoryRegion> region;  // that the memory lies in, or null
+  std::shared_ptr<IoFile> file;                // let go of when the operation ends
+  std::shared_ptr<IoFile> validation_file;     // to read back from; null without spec.validate
+  bool deferred = false;                       // waits for others; set once, before it is shared
+  std::atomic<unsigned> spans_left{0};         // spans that have not ended
   std::atomic<std::uint64_t> bytes_moved{0};
   std::atomic<bool> ended{false};
 

@@ -2,22 +2,30 @@
 //
 // The rings are shared with the kernel. Of the submission ring we own the tail and the kernel the head; of the
 // completion ring the kernel owns the tail and we the head. Each side publishes its index with a release store.
+//
+// Memory regions and files that are used much are registered with the ring, so that the kernel need not look up and pin
+// pages, nor take and drop a reference to the file, for each request.
 #include "io_engine.h"
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
-#define OFFLOAD_OPT_HAVE_IO_URING 1
 #include <linux/io_uring.h>
+#endif
+#ifdef IORING_RSRC_REGISTER_SPARSE  // headers of Linux 5.19 or later; the kernel that runs may be older
+#define OFFLOAD_OPT_HAVE_IO_URING 1
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <system_error>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 #endif
 
@@ -81,6 +89,167 @@ struct Descriptor {
 unsigned load_acquire(unsigned* value) { return std::atomic_ref(*value).load(std::memory_order_acquire); }
 void store_release(unsigned* at, unsigned value) { std::atomic_ref(*at).store(value, std::memory_order_release); }
 
+// An empty table of `count` slots for buffers or files. False where the kernel (before Linux 5.19) has none.
+bool register_table(int ring, unsigned opcode, unsigned count) {
+  io_uring_rsrc_register table{};
+  table.nr = count;
+  table.flags = IORING_RSRC_REGISTER_SPARSE;
+  return io_uring_register(ring, opcode, &table, sizeof table) >= 0;
+}
+
+// The memory regions that one ring knows. A region is registered when as many bytes as it has were moved: registering
+// costs about what that saves. The ring's thread asks for slots; any thread may end a region.
+class RegisteredBuffers final : public MemoryRegion::Registrar, public std::enable_shared_from_this<RegisteredBuffers> {
+ public:
+  explicit RegisteredBuffers(int ring) : ring_(ring) {
+    if (!register_table(ring, IORING_REGISTER_BUFFERS2, kSlots)) return;
+    for (unsigned slot = kSlots; slot > 0; --slot) free_.push_back(slot - 1);
+    works_ = true;
+  }
+
+  bool works() const { return works_; }
+
+  // The slot that holds the request's memory, or -1.
+  int slot_of(const IoRequest& request) {
+    if (!works_ || request.region == nullptr) return -1;
+    const MemoryRegion& region = *request.region;
+    std::lock_guard lock(mutex_);
+    auto [found, is_new] = regions_.try_emplace(&region);
+    Known& known = found->second;
+    if (is_new) {
+      known.slots.assign((region.size + kMaxSlotBytes - 1) / kMaxSlotBytes, kUnregistered);
+      region.tell_at_end(weak_from_this());
+    }
+    const auto begin = static_cast<std::size_t>(static_cast<char*>(request.data) - static_cast<char*>(region.data));
+    const std::size_t part = begin / kMaxSlotBytes;
+    if ((begin + request.length - 1) / kMaxSlotBytes != part) return -1;
+    int& slot = known.slots[part];
+    if (slot == kUnregistered && known.bytes_moved >= region.size) slot = enter(region, part);
+    known.bytes_moved += request.length;
+    return std::max(slot, -1);
+  }
+
+  void forget(const MemoryRegion& region) override {
+    std::lock_guard lock(mutex_);
+    const auto found = regions_.find(&region);
+    if (found == regions_.end()) return;
+    for (const int slot : found->second.slots) {
+      if (slot < 0) continue;
+      if (ring_ >= 0) update(static_cast<unsigned>(slot), {});
+      free_.push_back(static_cast<unsigned>(slot));
+    }
+    regions_.erase(found);
+  }
+
+  // The ring is about to be closed.
+  void stop() {
+    std::lock_guard lock(mutex_);
+    ring_ = -1;
+  }
+
+ private:
+  static constexpr unsigned kSlots = 1024;
+  static constexpr std::size_t kMaxSlotBytes = 1u << 30;  // the kernel's limit
+  static constexpr int kUnregistered = -1;
+  static constexpr int kRefused = -2;  // by the kernel, over RLIMIT_MEMLOCK for example: not asked again
+
+  struct Known {
+    std::uint64_t bytes_moved = 0;
+    std::vector<int> slots;  // one for each kMaxSlotBytes of the region
+  };
+
+  int enter(const MemoryRegion& region, std::size_t part) {
+    if (free_.empty()) return kRefused;
+    const std::size_t begin = part * kMaxSlotBytes;
+    const iovec memory{static_cast<char*>(region.data) + begin, std::min(region.size - begin, kMaxSlotBytes)};
+    if (!update(free_.back(), memory)) return kRefused;
+    const unsigned slot = free_.back();
+    free_.pop_back();
+    return static_cast<int>(slot);
+  }
+
+  bool update(unsigned slot, const iovec& memory) {
+    io_uring_rsrc_update2 change{};
+    change.offset = slot;
+    change.data = reinterpret_cast<std::uint64_t>(&memory);
+    change.nr = 1;
+    return io_uring_register(ring_, IORING_REGISTER_BUFFERS_UPDATE, &change, sizeof change) == 1;
+  }
+
+  bool works_ = false;
+  std::mutex mutex_;  // guards what follows
+  int ring_;
+  std::unordered_map<const MemoryRegion*, Known> regions_;
+  std::vector<unsigned> free_;
+};
+
+// The files that one ring knows. A file is registered with its 64th request, and only until the ring has nothing in
+// flight: a registered file stays open for the kernel, so its space is not freed when it is deleted.
+class RegisteredFiles {
+ public:
+  explicit RegisteredFiles(int ring) : ring_(ring), works_(register_table(ring, IORING_REGISTER_FILES2, kSlots)) {}
+
+  bool works() const { return works_; }
+
+  // The slot that holds the request's file, or -1.
+  int slot_of(const IoRequest& request) {
+    if (!works_ || request.file_id == 0) return -1;
+    Known& known = known_[find(request.file_id)];
+    known.last_use = ++uses_;
+    if (known.file_id != request.file_id) {  // the one used least recently makes room
+      drop(known);
+      known.file_id = request.file_id;
+    }
+    ++known.requests;
+    if (!known.registered && known.requests >= kRequestsToRegister) known.registered = update(known, request.fd);
+    return known.registered ? static_cast<int>(&known - known_.data()) : -1;
+  }
+
+  void clear() {
+    if (uses_ == 0) return;
+    for (Known& known : known_) drop(known);
+    uses_ = 0;
+  }
+
+ private:
+  static constexpr unsigned kSlots = 16;
+  static constexpr std::uint64_t kRequestsToRegister = 64;
+
+  struct Known {
+    std::uint64_t file_id = 0;
+    std::uint64_t requests = 0;
+    std::uint64_t last_use = 0;
+    bool registered = false;
+  };
+
+  // The place of the file, or of the one to be replaced by it.
+  std::size_t find(std::uint64_t file_id) const {
+    std::size_t oldest = 0;
+    for (std::size_t i = 0; i < known_.size(); ++i) {
+      if (known_[i].file_id == file_id) return i;
+      if (known_[i].last_use < known_[oldest].last_use) oldest = i;
+    }
+    return oldest;
+  }
+
+  void drop(Known& known) {
+    if (known.registered) update(known, -1);
+    known = {0, 0, known.last_use, false};
+  }
+
+  bool update(const Known& known, int fd) {
+    io_uring_files_update change{};
+    change.offset = static_cast<unsigned>(&known - known_.data());
+    change.fds = reinterpret_cast<std::uint64_t>(&fd);
+    return io_uring_register(ring_, IORING_REGISTER_FILES_UPDATE, &change, 1) == 1;
+  }
+
+  const int ring_;
+  const bool works_;
+  std::uint64_t uses_ = 0;
+  std::array<Known, kSlots> known_;
+};
+
 class IoUringEngine final : public IoEngine {
  public:
   explicit IoUringEngine(unsigned depth) : depth_(std::min(depth, kMaxEntries)) {
@@ -110,44 +279,64 @@ class IoUringEngine final : public IoEngine {
     cq_tail_ = cq.at<unsigned>(params.cq_off.tail);
     cq_mask_ = *cq.at<unsigned>(params.cq_off.ring_mask);
     cqes_ = cq.at<io_uring_cqe>(params.cq_off.cqes);
+    buffers_ = std::make_shared<RegisteredBuffers>(ring_.fd);
+    files_ = std::make_unique<RegisteredFiles>(ring_.fd);
   }
 
+  ~IoUringEngine() override { buffers_->stop(); }
+
+  // Only fills the submission ring: reap() hands it to the kernel in the system call that waits.
   unsigned submit(std::span<const IoRequest> requests) override {
     // At most depth_ requests are in flight, so neither ring can overflow.
     const auto taken = static_cast<unsigned>(std::min<std::size_t>(requests.size(), depth_ - in_flight_));
     unsigned tail = *sq_tail_;
     for (const IoRequest& request : requests.first(taken)) {
       const unsigned index = tail & sq_mask_;
-      io_uring_sqe& sqe = sqes_[index];
-      std::memset(&sqe, 0, sizeof sqe);
-      sqe.opcode = request.direction == Direction::kRead ? IORING_OP_READ : IORING_OP_WRITE;
-      sqe.fd = request.fd;
-      sqe.addr = reinterpret_cast<std::uint64_t>(request.data);
-      sqe.len = request.length;
-      sqe.off = request.offset;
-      sqe.user_data = request.tag;
+      fill(sqes_[index], request);
       sq_array_[index] = index;
       ++tail;
     }
     store_release(sq_tail_, tail);
     in_flight_ += taken;
     queued_ += taken;
-    enter(0, 0);
     return taken;
   }
 
   unsigned reap(unsigned min, std::span<IoCompletion> completions) override {
-    unsigned count = take(completions);
+    unsigned count = take(completions);  // no system call for what is there already
+    if (count >= min && queued_ > 0) enter(0, 0);
     while (count < min) {
       enter(min - count, IORING_ENTER_GETEVENTS);
       count += take(completions.subspan(count));
     }
+    if (in_flight_ == 0) files_->clear();
     return count;
   }
 
-  EngineCapabilities capabilities() const override { return {depth_, true, true}; }
+  EngineCapabilities capabilities() const override { return {depth_, true, buffers_->works() && files_->works()}; }
 
  private:
+  void fill(io_uring_sqe& sqe, const IoRequest& request) {
+    const bool reading = request.direction == Direction::kRead;
+    std::memset(&sqe, 0, sizeof sqe);
+    if (const int slot = buffers_->slot_of(request); slot >= 0) {
+      sqe.opcode = reading ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+      sqe.buf_index = static_cast<std::uint16_t>(slot);
+    } else {
+      sqe.opcode = reading ? IORING_OP_READ : IORING_OP_WRITE;
+    }
+    if (const int slot = files_->slot_of(request); slot >= 0) {
+      sqe.flags = IOSQE_FIXED_FILE;
+      sqe.fd = slot;
+    } else {
+      sqe.fd = request.fd;
+    }
+    sqe.addr = reinterpret_cast<std::uint64_t>(request.data);
+    sqe.len = request.length;
+    sqe.off = request.offset;
+    sqe.user_data = request.tag;
+  }
+
   // Hands the queued entries to the kernel and waits. What the kernel does not take now (EAGAIN, EBUSY, a signal) stays
   // in the ring and goes with the next call, so nothing is lost and nothing is sent twice.
   void enter(unsigned min_complete, unsigned flags) {
@@ -175,6 +364,8 @@ class IoUringEngine final : public IoEngine {
   unsigned in_flight_ = 0;  // taken and not yet reaped
   unsigned queued_ = 0;     // in the submission ring, not yet taken by the kernel
   Descriptor ring_;         // closed last: the kernel then waits for what is in flight
+  std::shared_ptr<RegisteredBuffers> buffers_;
+  std::unique_ptr<RegisteredFiles> files_;
   Mapping sq_map_, cq_map_, sqe_map_;
   unsigned* sq_tail_ = nullptr;
   unsigned* sq_array_ = nullptr;
@@ -213,7 +404,7 @@ std::unique_ptr<IoEngine> make(unsigned depth) { return std::make_unique<IoUring
 #else
 
 bool available(std::string& why_not) {
-  why_not = "built without io_uring (it needs Linux and its headers)";
+  why_not = "built without io_uring (it needs the headers of Linux 5.19 or later)";
   return false;
 }
 

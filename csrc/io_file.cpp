@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #ifdef __linux__
 #include <linux/fs.h>
@@ -27,14 +28,36 @@ std::uint64_t page_size() {
   return size;
 }
 
+namespace {
+
+std::atomic<std::uint64_t> next_number{1};
+
+// Opens what is open as `fd` once more: the very same file, whatever its name is by now.
+int open_again(int fd, int flags) {
+  const std::string path = "/proc/self/fd/" + std::to_string(fd);
+  int again;
+  do {
+    again = ::open(path.c_str(), flags | O_CLOEXEC);
+  } while (again < 0 && errno == EINTR);
+  return again;
+}
+
+}  // namespace
+
 std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction direction) {
   std::shared_ptr<IoFile> file(new IoFile);
+  file->number_ = next_number++;
   if (!path.empty()) {
-    file->path_ = file->reopen_path_ = path;
+    file->path_ = path;
     file->access_ = direction == Direction::kRead ? O_RDONLY : O_WRONLY | O_CREAT;
+    if (O_DIRECT != 0) file->direct_fd_ = file->open_by_path(O_DIRECT);
+    // Names a missing file or a missing right, if it was not O_DIRECT that was refused.
+    if (file->direct_fd_ < 0) {
+      file->buffered_fd_ = file->open_by_path(0);
+      if (file->buffered_fd_ < 0) throw IoError(errno, std::strerror(errno), path);
+    }
   } else {
     file->path_ = "<fd " + std::to_string(fd) + ">";
-    file->reopen_path_ = "/proc/self/fd/" + std::to_string(fd);
     const int flags = ::fcntl(fd, F_GETFL);
     if (flags < 0) throw IoError(errno, std::strerror(errno), file->path_);
     file->access_ = flags & O_ACCMODE;
@@ -46,20 +69,15 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
     // A copy now: the caller may close its descriptor while the operation runs.
     const int copy = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (copy < 0) throw IoError(errno, std::strerror(errno), file->path_);
-    file->reopen_path_ = "/proc/self/fd/" + std::to_string(copy);
     if (O_DIRECT != 0 && (flags & O_DIRECT) != 0) {
       file->direct_fd_ = copy;
     } else {
       file->buffered_fd_ = copy;
+      if (O_DIRECT != 0) file->direct_fd_ = open_again(copy, file->access_ | O_DIRECT);
     }
   }
-  if (O_DIRECT != 0 && file->direct_fd_ < 0) file->direct_fd_ = file->reopen(O_DIRECT);
-  if (file->direct_fd_ < 0) {
-    file->buffered_fd();  // names a missing file or a missing right, if it was not O_DIRECT that was refused
-  } else {
-    file->find_alignment();
-  }
-  file->check_has_offsets();
+  file->identify();
+  if (file->direct_fd_ >= 0) file->find_alignment();
   return file;
 }
 
@@ -68,10 +86,22 @@ IoFile::~IoFile() {
   if (buffered_fd_ >= 0) ::close(buffered_fd_);
 }
 
-int IoFile::reopen(int flags) const {
+bool IoFile::is_still(const std::string& path, int fd) const {
+  struct stat status{};
+  if (path.empty()) {
+    const int flags = ::fcntl(fd, F_GETFL);
+    if (flags < 0 || (flags & O_ACCMODE) != (access_ & O_ACCMODE) || (flags & O_APPEND) != 0) return false;
+    if (::fstat(fd, &status) != 0) return false;
+  } else if (::stat(path.c_str(), &status) != 0) {
+    return false;
+  }
+  return identity_ == Identity{status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid};
+}
+
+int IoFile::open_by_path(int flags) const {
   int fd;
   do {
-    fd = ::open(reopen_path_.c_str(), access_ | flags | O_CLOEXEC, 0666);
+    fd = ::open(path_.c_str(), access_ | flags | O_CLOEXEC, 0666);
   } while (fd < 0 && errno == EINTR);
   return fd;
 }
@@ -80,8 +110,10 @@ int IoFile::buffered_fd() {
   if (buffered_fd_ < 0) {
     std::lock_guard lock(open_mutex_);
     if (buffered_fd_ < 0) {
-      const int fd = reopen(0);
-      if (fd < 0) throw IoError(errno, std::strerror(errno), path_);
+      // Not by its path alone, which may name another file by now.
+      int fd = open_again(direct_fd_, access_ & O_ACCMODE);
+      if (fd < 0 && errno == ENOENT && is_still(path_, -1)) fd = open_by_path(0);  // no /proc here
+      if (fd < 0) throw IoError(errno, std::string("opening it a second time: ") + std::strerror(errno), path_);
       buffered_fd_ = fd;
     }
   }
@@ -112,9 +144,11 @@ void IoFile::find_alignment() {
 
 int IoFile::any_fd() const { return direct_fd_ >= 0 ? direct_fd_ : buffered_fd_.load(); }
 
-void IoFile::check_has_offsets() const {
+void IoFile::identify() {
   struct stat status{};
   if (::fstat(any_fd(), &status) != 0) throw IoError(errno, std::strerror(errno), path_);
+  identity_ = {status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid};
+  device_ = S_ISBLK(status.st_mode) ? status.st_rdev : status.st_dev;
   if (S_ISDIR(status.st_mode)) throw IoError(EISDIR, std::strerror(EISDIR), path_);
   if (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode)) throw IoError(ESPIPE, std::strerror(ESPIPE), path_);
 }
@@ -129,6 +163,57 @@ std::uint64_t IoFile::size() const {
   if (S_ISBLK(status.st_mode) && ::ioctl(fd, BLKGETSIZE64, &bytes) == 0) return bytes;
 #endif
   return UINT64_MAX;
+}
+
+std::shared_ptr<IoFile> OpenFiles::open(const std::string& path, int fd, Direction direction) {
+  const std::string name = path.empty() ? std::to_string(fd) : ":" + path;
+  const std::string key = (direction == Direction::kRead ? "r" : "w") + name;
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = files_.find(key);
+    const auto file = found == files_.end() ? nullptr : found->second.lock();
+    if (file && file->is_still(path, fd)) return file;
+  }
+  auto file = IoFile::open(path, fd, direction);
+  std::lock_guard lock(mutex_);
+  if (files_.size() >= purge_at_) {
+    std::erase_if(files_, [](const auto& entry) { return entry.second.expired(); });
+    purge_at_ = 2 * files_.size() + 64;
+  }
+  files_.insert_or_assign(key, file);
+  return file;
+}
+
+std::uint64_t direct_io(const std::string& folder, std::string& why_not) {
+  std::string path = folder + "/.offload_opt-XXXXXX";
+  const int fd = ::mkostemp(path.data(), O_CLOEXEC);
+  if (fd < 0) throw IoError(errno, std::strerror(errno), folder);
+  ::close(fd);
+  std::shared_ptr<IoFile> file;
+  try {
+    file = IoFile::open(path, -1, Direction::kWrite);
+  } catch (const IoError&) {
+    ::unlink(path.c_str());
+    throw;
+  }
+  ::unlink(path.c_str());
+  if (file->direct_fd() < 0) {
+    why_not = "the file system does not open files with O_DIRECT";
+    return 0;
+  }
+  const std::uint64_t granule = file->granule();
+  const std::unique_ptr<void, void (*)(void*)> block(std::aligned_alloc(granule, granule), std::free);
+  if (!block) throw IoError(ENOMEM, std::strerror(ENOMEM), folder);
+  std::memset(block.get(), 0, granule);
+  if (!file->direct_allowed(block.get(), 0)) {
+    why_not = "the file system opens files with O_DIRECT, and then has no direct I/O for them";
+  } else if (::pwrite(file->direct_fd(), block.get(), granule, 0) != static_cast<ssize_t>(granule)) {
+    why_not = std::string("writing with O_DIRECT: ") + std::strerror(errno);
+    if (errno == ENOSPC) throw IoError(ENOSPC, std::strerror(ENOSPC), folder);
+  } else {
+    return granule;
+  }
+  return 0;
 }
 
 }  // namespace offload_opt

@@ -2,12 +2,16 @@
 // them.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 
 #include "io_engine.h"
 
@@ -28,6 +32,14 @@ class IoFile {
   ~IoFile();
   IoFile(const IoFile&) = delete;
   IoFile& operator=(const IoFile&) = delete;
+
+  // Whether `path` or `fd`, as given to open(), still names this open file with the same rights.
+  bool is_still(const std::string& path, int fd) const;
+
+  // The number of the device that the file lies on.
+  dev_t device() const { return device_; }
+  // A number that no other open file of this process has or will have, for either of the two descriptors.
+  std::uint64_t id(bool direct) const { return 2 * number_ + (direct ? 1 : 0); }
 
   // The descriptor with O_DIRECT, or -1 where the file system has none.
   int direct_fd() const { return direct_fd_; }
@@ -50,14 +62,19 @@ class IoFile {
 
  private:
   IoFile() = default;
-  int reopen(int flags) const;
+  // Device, inode, mode, owner and group: while the file is held open, nothing else has its device and inode.
+  using Identity = std::tuple<dev_t, ino_t, mode_t, uid_t, gid_t>;
+
+  int open_by_path(int flags) const;
   void find_alignment();
   int any_fd() const;
-  void check_has_offsets() const;  // throws for a pipe, a socket or a folder
+  void identify();  // throws for a pipe, a socket or a folder
 
-  std::string path_;         // for messages; "<fd 7>" for a descriptor
-  std::string reopen_path_;  // opens the same file again
-  int access_ = 0;           // O_RDONLY, O_WRONLY or O_RDWR
+  std::string path_;  // for messages; "<fd 7>" for a descriptor
+  int access_ = 0;    // O_RDONLY, O_WRONLY or O_RDWR, for a path to write O_CREAT too
+  std::uint64_t number_ = 0;
+  Identity identity_{};
+  dev_t device_ = 0;
   int direct_fd_ = -1;
   std::atomic<int> buffered_fd_{-1};
   std::mutex open_mutex_;  // only one thread opens buffered_fd_
@@ -65,6 +82,23 @@ class IoFile {
   std::uint64_t granule_ = 4096;
   std::uint64_t memory_alignment_ = 4096;
 };
+
+// Shares open files between the operations that are pending on them at the same time: many small transfers of one file
+// open it once. Nothing is kept open for later. Any thread.
+class OpenFiles {
+ public:
+  // As IoFile::open().
+  std::shared_ptr<IoFile> open(const std::string& path, int fd, Direction direction);
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::weak_ptr<IoFile>> files_;
+  std::size_t purge_at_ = 64;
+};
+
+// Whether files in `folder` can be read and written past the page cache, by trying it on a temporary file: the
+// granule in bytes, or 0 and the reason why not. Throws IoError where no file can be made there.
+std::uint64_t direct_io(const std::string& folder, std::string& why_not);
 
 // The granule of direct I/O that holds on ordinary file systems: the page size.
 std::uint64_t page_size();

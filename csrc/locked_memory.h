@@ -3,14 +3,18 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
+
+#include "io_engine.h"
 
 namespace offload_opt {
 
 class LockedMemory {
  public:
-  // Maps and locks `size` > 0 bytes, zeroed. Throws std::system_error when there is no memory. Failing to lock is no
-  // error.
+  // Maps and locks `size` > 0 bytes, rounded up to whole pages and zeroed, in huge pages as far as they fit into it and
+  // the system has them. Throws std::system_error when there is no memory. Failing to lock is no error.
   explicit LockedMemory(std::size_t size);
   ~LockedMemory();
   LockedMemory(const LockedMemory&) = delete;
@@ -25,6 +29,10 @@ class LockedMemory {
   void* data_;
   std::size_t size_;
   std::string why_not_locked_;
+  std::shared_ptr<MemoryRegion> region_;
 };
+
+// The region of the LockedMemory that all of [data, data + length) lies in, or null. Any thread.
+std::shared_ptr<const MemoryRegion> find_region(const void* data, std::uint64_t length);
 
 }  // namespace offload_opt

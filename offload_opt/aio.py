@@ -8,12 +8,12 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from . import _C
-from .config import ENGINES
+from .config import ENGINES, AioConfig
 from .errors import ConfigError, OffloadWarning
 
 logger = logging.getLogger("offload_opt")
@@ -64,10 +64,16 @@ class AioHandle:
         queue_depth: Requests in flight on one worker.
         single_submit: One request a system call.
         overlap_events: Refill the queue while completions arrive, instead of draining it first.
-        num_threads: Worker threads, each with a queue of its own.
-        engine: ``"auto"``, ``"io_uring"`` or ``"threads"``. ``"auto"`` takes the environment's OFFLOAD_OPT_ENGINE, or
-        else
-            the first engine that a probe finds working.
+        num_threads: Worker threads for each device that is used, each with a queue of its own.
+        engine: ``"io_uring"``, ``"libaio"``, ``"threads"``, or ``"auto"``: what the environment's OFFLOAD_OPT_ENGINE
+            says, or else the first of them that works here; an info line in the log says which and why.
+        registered: Register page-locked memory (``new_cpu_locked_tensor``) and busy files with the kernel, where the
+            engine can. It saves CPU time; the bytes are the same.
+        folder: Where the files will be, if that is known: without direct I/O there, ``"auto"`` leaves libaio out, which
+            is asynchronous with direct I/O only.
+
+    Raises:
+        ConfigError: A setting out of range, or an engine that does not exist or does not work here.
     """
 
     def __init__(
@@ -79,14 +85,29 @@ class AioHandle:
         num_threads: int = 1,
         *,
         engine: str = "auto",
+        registered: bool = True,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("block_size", block_size), ("queue_depth", queue_depth), ("num_threads", num_threads)):
             if value < 1:
                 raise ConfigError(f"{name} must be positive, not {value}")
         self._settings = (block_size, queue_depth, bool(single_submit), bool(overlap_events), num_threads)
-        self.engine = choose_engine(engine)
-        self._handle = _C.Handle(block_size, queue_depth, single_submit, overlap_events, num_threads, self.engine)
+        self.engine, self._handle = _make_handle(self._settings, registered, engine, folder)
         _open_handles.add(self)
+
+    @classmethod
+    def from_config(cls, config: AioConfig, folder: str | os.PathLike[str] | None = None) -> AioHandle:
+        """A handle with the settings of ``config``."""
+        return cls(
+            cast(int, config.block_size),
+            config.queue_depth,
+            config.single_submit,
+            config.overlap_events,
+            config.num_threads,
+            engine=config.engine,
+            registered=config.registered,
+            folder=folder,
+        )
 
     # What it was made with.
 
@@ -267,19 +288,54 @@ class AioHandle:
         return moved
 
 
-def choose_engine(engine: str = "auto") -> str:
-    """The name of the engine to use for ``engine``: ``"auto"`` is resolved by the environment or by a probe."""
-    if engine == "auto":
-        engine = os.environ.get("OFFLOAD_OPT_ENGINE", "auto")
+def engines() -> list[tuple[str, bool, str]]:
+    """(name, whether it works here, why not) of each engine, in the order in which ``"auto"`` tries them."""
+    return _C.engines()
+
+
+def direct_io(folder: str | os.PathLike[str]) -> tuple[int, str]:
+    """Whether files in ``folder`` can be read and written past the page cache, by trying it.
+
+    Returns:
+        The alignment that it takes, in bytes, or 0; and the reason why not.
+
+    Raises:
+        OSError: No file can be made there.
+    """
+    return _C.direct_io(os.fsencode(folder))
+
+
+def _make_handle(
+    settings: tuple[int, int, bool, bool, int], registered: bool, engine: str, folder: str | os.PathLike[str] | None
+) -> tuple[str, _C.Handle]:
+    """The engine's name, and a native handle with it: for ``"auto"``, the first engine that can be made."""
+    asked_for = repr(engine)
+    if engine == "auto" and "OFFLOAD_OPT_ENGINE" in os.environ:
+        engine = os.environ["OFFLOAD_OPT_ENGINE"]
+        asked_for = f"OFFLOAD_OPT_ENGINE={engine!r}"
     if engine not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
-    reasons: list[str] = []
-    for name, works, why_not in _C.engines():
-        if works and engine in ("auto", name):
-            logger.debug("I/O engine %s%s", name, "".join(f" ({reason})" for reason in reasons))
-            return str(name)
-        reasons.append(f"{name} does not work here: {why_not}" if not works else f"{name} was not asked for")
-    raise ConfigError(f"no I/O engine for {engine!r}: {'; '.join(reasons)}")
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, not {asked_for}")
+    reasons = [] if engine == "auto" else [f"asked for by {asked_for}"]
+    for name, works, why_not in engines():
+        if engine not in ("auto", name):
+            continue
+        if works and engine == "auto" and name == "libaio" and folder is not None:
+            works, why_not = _is_direct(folder)
+        if works:
+            try:  # the probe was a small one: these settings may pass a limit of the machine
+                handle = _C.Handle(*settings, registered, name)
+            except OSError as error:
+                works, why_not = False, str(error)
+        if works:
+            logger.info("I/O engine %s: %s", name, "; ".join(reasons) or "the first that works")
+            return name, handle
+        reasons.append(f"{name} does not work here ({why_not})")
+    raise ConfigError(f"no I/O engine: {'; '.join(reasons)}")
+
+
+def _is_direct(folder: str | os.PathLike[str]) -> tuple[bool, str]:
+    alignment, why_not = direct_io(folder)
+    return bool(alignment), f"it is asynchronous with direct I/O only, and {os.fspath(folder)} has none: {why_not}"
 
 
 def trim_heap() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-ENGINES = ("auto", "io_uring", "threads")
+ENGINES = ("auto", "io_uring", "libaio", "threads")
 """Names that ``AioConfig.engine`` and ``AioHandle(engine=...)`` take."""
 
 _UNITS = {"": 1, "B": 1}
@@ -56,9 +56,12 @@ class AioConfig:
     overlap_events: bool = True
     """Refill the queue while completions arrive, instead of draining it first."""
     num_threads: int = 1
-    """Worker threads, each with a queue of its own. They sleep while the device works."""
+    """Worker threads for each device, each with a queue of its own. They sleep while the device works."""
     engine: str = "auto"
-    """``"io_uring"``, ``"threads"``, or ``"auto"``: what OFFLOAD_OPT_ENGINE says, or the first that works here."""
+    """``"io_uring"``, ``"libaio"``, ``"threads"``, or ``"auto"``: what OFFLOAD_OPT_ENGINE says, or the first that works
+    here."""
+    registered: bool = True
+    """Register page-locked memory and busy files with the kernel, where the engine can: less CPU time a request."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", parse_bytes(self.block_size, "aio.block_size"))

@@ -70,15 +70,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         self._inner = inner
         self._stats = SwapStats()
-        aio = self.config.aio
-        handle = AioHandle(
-            cast(int, aio.block_size),
-            aio.queue_depth,
-            aio.single_submit,
-            aio.overlap_events,
-            aio.num_threads,
-            engine=aio.engine,
-        )
+        handle = AioHandle.from_config(self.config.aio, folder=self.config.path)
         try:
             store = SwapStore(folder, handle)
         except BaseException:
