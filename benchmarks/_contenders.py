@@ -7,7 +7,6 @@ written. Each contender says how many bytes a second that was, without what it t
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import subprocess
@@ -45,12 +44,12 @@ class Files:
     size: int
 
     @classmethod
-    def make(cls, folder: Path, size: int, content: torch.Tensor) -> Files:
-        files = cls(folder / "read.bin", folder / "write.bin", size)
+    def make(cls, folder: Path, content: torch.Tensor) -> Files:
+        files = cls(folder / "read.bin", folder / "write.bin", content.nbytes)
         with AioHandle() as handle:
             for path in (files.read, files.write):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                os.posix_fallocate(fd, 0, size)
+                os.posix_fallocate(fd, 0, files.size)
                 handle.sync_pwrite(content, path)
                 os.fsync(fd)
                 os.close(fd)
@@ -66,20 +65,14 @@ class Contender(Protocol):
     def close(self) -> None: ...
 
 
-def new_handle(setting: Setting, engine: str, *, registered: bool = True) -> AioHandle:
-    takes_registered = "registered" in inspect.signature(AioHandle).parameters
-    options = {"registered": registered} if takes_registered else {}
-    return AioHandle(setting.block_size, setting.depth, num_threads=setting.threads, engine=engine, **options)
-
-
 class Ours:
     """An AioHandle. Mixed: one handle, whose queues take both directions in turns, a quarter of the queue each time."""
 
-    def __init__(self, files: Files, setting: Setting, engine: str, buffers: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, files: Files, setting: Setting, engine: str, buffers: list[torch.Tensor]) -> None:
         self.name = f"offload_opt {engine}"
         self._files, self._setting, self._buffers = files, setting, buffers
-        self._handle = new_handle(setting, engine)
-        # Memory and files are registered with the kernel once they are in use, and then stay so.
+        self._handle = AioHandle(setting.block_size, setting.depth, num_threads=setting.threads, engine=engine)
+        # Memory is registered with the kernel once as many bytes as it has were moved, so that is done before the clock.
         self.move("read")
         self.move("write")
         self._handle.sync_pread(buffers[0][: setting.block_size], files.read)

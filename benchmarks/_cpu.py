@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from _contenders import Setting, new_handle
 
 from offload_opt import AioHandle
 
@@ -33,7 +32,7 @@ def cpu_per_op(
     is exact; its parts are estimates of the kernel, which samples them, so only the sum is compared.
     """
     runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
-    handles = {mode: new_handle(Setting(BLOCK, DEPTH, 1), engine, registered=on) for mode, on in MODES.items()}
+    handles = {mode: AioHandle(BLOCK, DEPTH, engine=engine, registered=on) for mode, on in MODES.items()}
     example = torch.empty(0, dtype=torch.uint8)
     memory = {mode: handle.new_cpu_locked_tensor(BATCH * BLOCK, example) for mode, handle in handles.items()}
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)

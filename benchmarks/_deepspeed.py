@@ -71,12 +71,13 @@ class DeepSpeedProcess:
         self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"ended with {self._process.returncode}")
+        raise RuntimeError(f"ended with {self._process.returncode}{f': {said[-1]}' if said else ''}")
 
 
 def serve(read: str, write: str, size: int) -> None:
     """The process's work, until its input ends."""
     import importlib.metadata
+    import logging
     import signal
 
     import torch
@@ -89,6 +90,7 @@ def serve(read: str, write: str, size: int) -> None:
 
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the last line is to say why this process ended
     module = AsyncIOBuilder().load(verbose=False)
     owner = module.aio_handle(1 << 20, 1, False, True, 1)
     buffers = [owner.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8)).random_() for _ in range(2)]

@@ -98,17 +98,17 @@ def our_engines() -> tuple[list[str], list[str]]:
 class Comparison:
     """The contenders that there are here, on the same two files."""
 
-    def __init__(self, args: argparse.Namespace, files: Files, content: torch.Tensor) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.engines, self.notes = our_engines()
         self.versions: dict[str, str] = {}
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > cores / 2:
             self.notes.append(f"the machine was busy at the start: load average {load:.1f} on {cores} cores")
-        self._files, self._rounds, self._full = files, args.rounds, args.full
+        self._rounds, self._full = args.rounds, args.full
         self._owner = AioHandle()  # of the page-locked memory
-        self._buffers = tuple(self._owner.new_cpu_locked_tensor(files.size, content) for _ in range(2))
-        for buffer in self._buffers:
-            buffer.copy_(content)
+        example = torch.empty(0, dtype=torch.uint8)
+        self._buffers = [self._owner.new_cpu_locked_tensor(args.size, example).random_() for _ in range(2)]
+        self._files = files = Files.make(folder, self._buffers[1])
         self._fio: list[tuple[str, bool]] = []
         if "fio" not in args.without:
             self._find_fio()
@@ -241,11 +241,10 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 140
     torch.manual_seed(0)
-    content = torch.empty(args.size // 8, dtype=torch.int64).random_().view(torch.uint8)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, Progress(*columns, transient=True) as progress:
         task = progress.add_task("writing the files; DeepSpeed's handle is compiled if it never was (five minutes)")
-        comparison = Comparison(args, Files.make(Path(folder), args.size, content), content)
+        comparison = Comparison(args, Path(folder))
         progress.update(task, total=len(args.settings) * len(args.directions) * args.rounds * comparison.count())
 
         def tick(what: str) -> None:
