@@ -26,6 +26,7 @@
 #include <system_error>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 #endif
 
@@ -195,11 +196,12 @@ class RegisteredFiles {
   int slot_of(const IoRequest& request) {
     if (!works_ || request.file_id == 0) return -1;
     Known& known = known_[find(request.file_id)];
-    known.last_use = ++uses_;
     if (known.file_id != request.file_id) {  // the one used least recently makes room
-      drop(known);
-      known.file_id = request.file_id;
+      // Requests in the ring that the kernel has not taken yet name a registered file by its slot: it stays theirs.
+      if (known.registered) return -1;
+      known = {request.file_id, 0, 0, false};
     }
+    known.last_use = ++uses_;
     ++known.requests;
     if (!known.registered && known.requests >= kRequestsToRegister) known.registered = update(known, request.fd);
     return known.registered ? static_cast<int>(&known - known_.data()) : -1;
@@ -222,12 +224,13 @@ class RegisteredFiles {
     bool registered = false;
   };
 
-  // The place of the file, or of the one to be replaced by it.
+  // The place of the file, or of the one to be replaced by it: a registered one only where all are.
   std::size_t find(std::uint64_t file_id) const {
+    const auto age = [](const Known& known) { return std::pair(known.registered, known.last_use); };
     std::size_t oldest = 0;
     for (std::size_t i = 0; i < known_.size(); ++i) {
       if (known_[i].file_id == file_id) return i;
-      if (known_[i].last_use < known_[oldest].last_use) oldest = i;
+      if (age(known_[i]) < age(known_[oldest])) oldest = i;
     }
     return oldest;
   }

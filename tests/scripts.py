@@ -15,9 +15,13 @@ def command(code: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", LOADER, textwrap.dedent(code), *map(str, arguments)]
 
 
-def run(code: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, *arguments: object, timeout: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run ``code``, however it ends. Raises ``TimeoutExpired`` after ``timeout`` seconds."""
-    return subprocess.run(command(code, *arguments), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command(code, *arguments), capture_output=True, text=True, timeout=timeout, check=False, env=env
+    )
 
 
 def run_well(code: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:

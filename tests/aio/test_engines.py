@@ -15,6 +15,7 @@ import torch
 
 from offload_opt import AioConfig, AioHandle, ConfigError
 from offload_opt.aio import direct_io, engines
+from tests import scripts
 from tests.conftest import seed
 
 BYTES = torch.empty(0, dtype=torch.uint8)
@@ -99,14 +100,7 @@ def test_where_io_uring_is_forbidden(exhausted: bool, tmp_path: Path) -> None:
         pytest.skip("needs a machine where both work")
     arguments = [str(tmp_path / "file"), *(["exhausted"] if exhausted else [])]
     environment = {name: value for name, value in os.environ.items() if name != "OFFLOAD_OPT_ENGINE"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHOOSE, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment,
-    )
+    done = scripts.run(CHOOSE, *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     works, said, taken, back = done.stdout.splitlines()
     expected = ["threads"] if exhausted else ["libaio", "threads"]
@@ -120,9 +114,7 @@ def test_where_io_uring_is_forbidden(exhausted: bool, tmp_path: Path) -> None:
 def test_an_engine_that_is_asked_for_and_cannot_be_made() -> None:
     code = CHOOSE.replace("AioHandle(4096)", "AioHandle(4096, engine='io_uring')")
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", code, f"{folder}/file"], capture_output=True, text=True, timeout=120, check=False
-        )
+        done = scripts.run(code, f"{folder}/file")
     assert done.returncode == 1
     assert "ConfigError: no I/O engine: asked for by 'io_uring'; io_uring does not work here (" in done.stderr
 
@@ -360,9 +352,7 @@ with AioHandle(65536, 8, num_threads=4) as handle:
         assert bool((buffer == number).all()), number
 """
     with tempfile.TemporaryDirectory() as folder:  # not pytest's, which an ordinary user may not enter
-        done = subprocess.run(
-            [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120, check=False
-        )
+        done = scripts.run(code, folder)
     assert done.returncode == 0, done.stderr
 
 
@@ -393,8 +383,6 @@ assert os.waitpid(child, 0)[1] == 0
 tensors[0].fill_(1)
 """
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", code, f"{folder}/file"], capture_output=True, text=True, timeout=120, check=False
-        )
+        done = scripts.run(code, f"{folder}/file")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

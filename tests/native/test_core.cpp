@@ -246,6 +246,48 @@ void many_threads_on_one_handle(const EngineEntry& engine) {
   CHECK(wrong == 0);
 }
 
+// The blocks of a large file and of many others go to the engine together. One that keeps a few files registered must
+// not give a place away while a request that names it waits to be started.
+void many_files_at_once(const EngineEntry& engine) {
+  constexpr std::size_t kBlock = 4096;
+  constexpr std::size_t kFiles = 24;
+  HandleConfig config;
+  config.block_size = kBlock;
+  config.queue_depth = 128;
+  AioHandle handle(config, engine.make);
+  std::mt19937_64 random(seed);
+  LockedMemory memory(100 * kBlock);
+  LockedMemory others(kFiles * kBlock);
+  for (int round = 0; round < 10; ++round) {
+    const Bytes bytes = random_bytes(random, memory.size());
+    std::memcpy(memory.data(), bytes.data(), bytes.size());
+    std::memcpy(others.data(), bytes.data(), kFiles * kBlock);
+    // All wait for one, and so are queued at the same moment.
+    const OperationPtr first = handle.submit(spec(Direction::kWrite, memory.data(), kBlock, 0, folder / "first"));
+    TransferSpec write = spec(Direction::kWrite, memory.data(), memory.size(), 0, folder / "large");
+    write.after = {first};
+    const OperationPtr large = handle.submit(write);
+    for (std::size_t i = 0; i < kFiles; ++i) {
+      char* const data = static_cast<char*>(others.data()) + i * kBlock;
+      write = spec(Direction::kWrite, data, kBlock, 0, folder / ("small-" + std::to_string(i)));
+      write.after = {first};
+      handle.submit(write);
+    }
+    CHECK(finish(handle, large) == memory.size());
+    CHECK(handle.wait_for_all(std::chrono::seconds(60)));
+    CHECK(handle.finish_all() == kFiles + 2);
+    std::memset(memory.data(), 0, memory.size());
+    CHECK(handle.run(spec(Direction::kRead, memory.data(), memory.size(), 0, folder / "large")) == memory.size());
+    CHECK(std::memcmp(memory.data(), bytes.data(), memory.size()) == 0);
+    for (std::size_t i = 0; i < kFiles; ++i) {
+      Bytes back(kBlock);
+      const fs::path path = folder / ("small-" + std::to_string(i));
+      CHECK(handle.run(spec(Direction::kRead, back.data(), kBlock, 0, path)) == kBlock);
+      CHECK(std::memcmp(back.data(), bytes.data() + i * kBlock, kBlock) == 0);
+    }
+  }
+}
+
 void pending_work_at_the_end(const EngineEntry& engine) {
   Bytes bytes(4 << 20, 'x');
   const fs::path path = folder / "pending";
@@ -338,6 +380,7 @@ bool run_tests() {
       {"faults", faults},
       {"truncated_under_the_reader", truncated_under_the_reader},
       {"many_threads_on_one_handle", many_threads_on_one_handle},
+      {"many_files_at_once", many_files_at_once},
       {"pending_work_at_the_end", pending_work_at_the_end},
       {"a_stuck_device", a_stuck_device},
   };

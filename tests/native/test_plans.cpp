@@ -185,11 +185,7 @@ struct File {
 class Player {
  public:
   Player(AioHandle& handle, const Settings& settings, const Folders& folders, std::uint64_t seed, bool alone)
-      : handle_(handle),
-        settings_(settings),
-        draw_(seed),
-        alone_(alone),
-        arena_(draw_.chance(0.5), (draw_.chance(0.5) ? 128 : 1024) * 1024) {
+      : handle_(handle), settings_(settings), draw_(seed), alone_(alone), arena_(new_arena()) {
     const std::uint64_t count = draw_.between(1, 2);
     for (std::uint64_t i = 0; i < count; ++i) {
       const fs::path& folder = folders.at(draw_.chance(0.7) ? 0 : folders.size() - 1);
@@ -214,6 +210,10 @@ class Player {
 
   void play() {
     for (std::uint64_t rounds = draw_.between(1, 4); rounds > 0; --rounds) {
+      if (draw_.chance(0.2)) {
+        arena_.reset();  // first: the new one may then lie where the old one was
+        arena_ = new_arena();
+      }
       start_round();
       if (alone_ && draw_.chance(0.5)) {
         wait_for_all();
@@ -237,6 +237,10 @@ class Player {
   std::uint64_t counted = 0;  // operations that finish_all() has not counted yet
 
  private:
+  std::unique_ptr<Arena> new_arena() {
+    const bool locked = draw_.chance(0.5);
+    return std::make_unique<Arena>(locked, (draw_.chance(0.5) ? 128 : 1024) * 1024);
+  }
   void start_round();
   void start_chain(std::size_t file, std::uint64_t begin, std::uint64_t end);
   bool draw_step(Step& step, std::uint64_t begin, std::uint64_t end, std::uint64_t readable);
@@ -252,7 +256,7 @@ class Player {
   const Settings& settings_;
   Draw draw_;
   const bool alone_;  // nobody else uses the handle
-  Arena arena_;
+  std::unique_ptr<Arena> arena_;
   std::vector<File> files_;
   std::vector<Step> steps_;
 };
@@ -304,7 +308,7 @@ bool Player::draw_step(Step& step, std::uint64_t begin, std::uint64_t end, std::
   if (begin < end && draw_.chance(0.3)) end = begin + draw_.place(end - begin);
   step.offset = begin;
   step.length = std::min(end - begin, settings_.config.block_size * 48);  // small blocks: not too many of them
-  step.data = arena_.cut(step.length, draw_.chance(0.5) ? 0 : draw_.place(4096));
+  step.data = arena_->cut(step.length, draw_.chance(0.5) ? 0 : draw_.place(4096));
   if (step.data == nullptr) return false;
   if (reading) {
     std::memset(step.data, kFill, step.length);
@@ -397,7 +401,7 @@ void Player::wait_for_each() {
 void Player::check_round() {
   for (Step& step : steps_) check_step(step);
   for (File& file : files_) check_file(file);
-  arena_.check_and_clear();
+  arena_->check_and_clear();
   steps_.clear();
 }
 
