@@ -72,7 +72,7 @@ class Ours:
         self.name = f"offload_opt {engine}"
         self._files, self._setting, self._buffers = files, setting, buffers
         self._handle = AioHandle(setting.block_size, setting.depth, num_threads=setting.threads, engine=engine)
-        # Memory is registered with the kernel once as many bytes as it has were moved, so that is done before the clock.
+        # Memory is registered with the kernel once as many bytes as it has were moved: before the clock starts.
         self.move("read")
         self.move("write")
         self._handle.sync_pread(buffers[0][: setting.block_size], files.read)
