@@ -15,7 +15,8 @@ median over the rounds, and the median of the ratios of each round.
 What is not the same: fio moves through a few buffers of one block, ours and DeepSpeed's through page-locked memory as
 large as the file (2 GiB each). Ours is in huge pages where the system has them; fio gets them by way of glibc, too, and
 DeepSpeed has none. fio counts from the start of its first job, so that its own start costs nothing; a handle here
-exists before the clock starts, and has moved the bytes once. "fio" in a ratio is the one of its engines with the highest median, "ours" the engine that "auto" takes.
+exists before the clock starts, and has moved the bytes once. "fio" in a ratio is the one of its engines with the
+highest median, "ours" the engine that "auto" takes.
 """
 
 from __future__ import annotations
