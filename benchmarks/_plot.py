@@ -30,7 +30,7 @@ def plot(path: Path, cases: list[dict[str, Any]], machine: dict[str, Any], subti
     figure, panels = plt.subplots(
         len(rows),
         len(columns),
-        figsize=(width := max(9.0, 1 + 1.5 * sum(widths)), 1.8 + 2.2 * len(rows)),
+        figsize=(width := max(10.5, 1 + 1.5 * sum(widths)), 1.8 + 2.2 * len(rows)),
         sharex="col",
         sharey="row",
         squeeze=False,

@@ -13,9 +13,10 @@ median over the rounds, and the median of the ratios of each round.
 - threads: each has a queue of the full depth and a part of the file: jobs of fio, DeepSpeed's intra_op_parallelism.
 
 What is not the same: fio moves through a few buffers of one block, ours and DeepSpeed's through page-locked memory as
-large as the file (2 GiB each), ours in huge pages where the system has them. fio counts from the start of its first
-job, so that its own start costs nothing; a handle here exists before the clock starts, and has moved the bytes once.
-"fio" in a ratio is the one of its engines with the highest median, "ours" the engine that "auto" takes.
+large as the file (2 GiB each). Ours is in huge pages where the system has them; fio gets them by way of glibc, too, and
+DeepSpeed has none. fio counts from the start of its first job, so that its own start costs nothing; a handle here
+exists before the clock starts, and has moved the bytes once. "fio" in a ratio is the one of its engines with the
+highest median, "ours" the engine that "auto" takes.
 """
 
 from __future__ import annotations
@@ -162,16 +163,16 @@ class Comparison:
             return
         self.versions["fio"] = version
         variants = [("io_uring", True), ("io_uring", False), ("libaio", True), ("psync", True)]
-        for engine, registered in variants if self._full else [v for v in variants if v != ("io_uring", False)]:
+        for engine, tuned in variants if self._full else [variant for variant in variants if variant[1]]:
             try:
-                Fio(self._files, Setting(4096, 1, 1), engine, registered=registered).try_out()
-                self._fio.append((engine, registered))
+                Fio(self._files, Setting(4096, 1, 1), engine, tuned=tuned).try_out()
+                self._fio.append((engine, tuned))
             except RuntimeError as error:
                 self.notes.append(f"without fio {engine}: {error}")
 
     def _contenders(self, setting: Setting) -> list[Contender]:
         contenders: list[Contender] = [Ours(self._files, setting, name, self._buffers) for name in self.engines]
-        contenders += [Fio(self._files, setting, name, registered=registered) for name, registered in self._fio]
+        contenders += [Fio(self._files, setting, name, tuned=tuned) for name, tuned in self._fio]
         if self._deepspeed:
             contenders.append(DeepSpeed(self._deepspeed, setting))
         return contenders
@@ -272,7 +273,10 @@ def main() -> None:
         from _plot import plot  # needs matplotlib, which the tables do not
 
         versions = "".join(f", {name} {version.removeprefix('fio-')}" for name, version in comparison.versions.items())
-        title = f"Transfers of {format_bytes(args.size)} past the page cache: medians of {args.rounds} rounds{versions}"
+        title = (
+            f"Transfers of {format_bytes(args.size)} past the page cache{versions}: medians of {args.rounds} rounds, "
+        )
+        title += "lines from the slowest to the fastest"
         plot(RESULTS / "aio.png", cases, machine(), title)
         console.print(f"drawn in {RESULTS / 'aio.png'}")
 
