@@ -32,6 +32,7 @@ lint: $(VENV)/.dev  ## ruff, mypy and clang-format
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/native/*.cpp tests/native/*.h
 
 bench: $(VENV)/.dev | $(DIR)  ## the benchmarks; DIR=/mnt/nvme chooses the drive
+	$(BIN)/python benchmarks/aio.py $(DIR)
 	$(BIN)/python benchmarks/step.py $(DIR)
 	$(BIN)/python benchmarks/memory.py $(DIR)
 

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import os
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from .errors import ConfigError
 
@@ -77,27 +78,37 @@ class AioConfig:
 class OffloadConfig:
     """Everything about an offloaded optimizer but the optimizer."""
 
-    path: str | os.PathLike[str]
-    """A folder on the drive that is to hold the state. It must exist. Each rank keeps a folder of its own in it."""
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+    """A folder on the drive that is to hold the state, or a list of folders on several drives, over which it is spread
+    by their bandwidths. They must exist. Each rank keeps a folder of its own in them."""
     host_memory: int | str = "2GiB"
     """Bounds the page-locked host memory that optimizer state takes. More of it lets reads run further ahead."""
     unit_size: int | str | None = None
     """Bytes of state that are paged together. None chooses: an eighth of host_memory, at most 32 MiB."""
-    aio: AioConfig = dataclasses.field(default_factory=AioConfig)
-    """How transfers are cut up and queued."""
+    aio: AioConfig | None = None
+    """How transfers are cut up and queued. None: what `offload-opt tune` found for the (first) folder, else the
+    defaults."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, (str, os.PathLike)):
-            raise ConfigError(f"path must be a folder's path, not {type(self.path).__name__}")
-        object.__setattr__(self, "path", os.fspath(self.path))
+        if not isinstance(self.path, (list, tuple)):
+            object.__setattr__(self, "path", _path(self.path))
+        elif self.path:
+            object.__setattr__(self, "path", tuple(map(_path, self.path)))
+        else:
+            raise ConfigError("path must name at least one folder, not an empty list")
         object.__setattr__(self, "host_memory", parse_bytes(self.host_memory, "host_memory"))
         if self.unit_size is not None:
             object.__setattr__(self, "unit_size", parse_bytes(self.unit_size, "unit_size"))
-        if not isinstance(self.aio, AioConfig):
+        if not isinstance(self.aio, (AioConfig, type(None))):
             raise ConfigError(f"aio must be an AioConfig, not {type(self.aio).__name__}")
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folders of ``path``."""
+        return (self.path,) if isinstance(self.path, str) else cast("tuple[str, ...]", self.path)
+
     @classmethod
-    def build(cls, path: str | os.PathLike[str], **fields: Any) -> OffloadConfig:
+    def build(cls, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **fields: Any) -> OffloadConfig:
         """A config from keyword arguments. Raises ConfigError for an unknown name, and says which one is near it."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
@@ -106,3 +117,9 @@ class OffloadConfig:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
         return cls(path=path, **fields)
+
+
+def _path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"path must be a folder's path or a list of them, not {type(path).__name__}")
+    return os.fspath(path)

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,9 +18,10 @@ from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer, register
 from .pager import ParameterPager, parameters_of, plan_parameters, plan_states
 from .state_dict import PagedState, Unconverted, hide_from_conversion
-from .store import SwapStore, check_folder, check_space, rank_folder
+from .store import SwapStore, check_folders, check_space, rank_folder
 from .swap_manager import SwapManager
 from .trace import SwapStats
+from .tuning import bandwidths_of, settings_for
 from .units import Paging, check_memory, state_bytes
 
 # Inner optimizers that an open OffloadOptimizer holds: two of them would update the same parameters twice.
@@ -43,7 +44,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: Any torch optimizer whose update of one parameter needs no other parameter. It must not be stepped
             itself any more. State that it has already is moved to the disk at the first step.
-        path: An existing folder on the drive that is to hold the state, or an OffloadConfig with everything in it.
+        path: An existing folder on the drive that is to hold the state; a list of folders on several drives, over which
+            it is spread by their bandwidths; or an OffloadConfig with everything in it.
         **fields: The other fields of OffloadConfig, such as ``host_memory="512MiB"``.
 
     Raises:
@@ -53,7 +55,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str] | OffloadConfig, **fields: Any
+        self,
+        optimizer: torch.optim.Optimizer,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | OffloadConfig,
+        **fields: Any,
     ) -> None:
         if isinstance(path, OffloadConfig):
             if fields:
@@ -62,24 +67,27 @@ class OffloadOptimizer(torch.optim.Optimizer):
         else:
             self.config = OffloadConfig.build(path, **fields)
         inner = _check_optimizer(optimizer)
-        folder = rank_folder(check_folder(self.config.path).resolve(), *_rank_and_world_size())
+        paths = check_folders(self.config.paths)
+        folders = [rank_folder(path, *_rank_and_world_size()) for path in paths]
+        aio = self.config.aio or settings_for(paths[0])
         host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
         plans = _plan_trainable(inner)
         check_memory(plans, host_memory, unit_size)
-        check_space(folder, state_bytes(plans))
+        check_space(folders, state_bytes(plans))
+        bandwidths = bandwidths_of(paths, aio, host_memory)
 
         self._inner = inner
         self._stats = SwapStats()
-        handle = AioHandle.from_config(self.config.aio, folder=self.config.path)
+        handle = AioHandle.from_config(aio, folder=paths[0])
         try:
-            store = SwapStore(folder, handle)
+            store = SwapStore(folders, handle, bandwidths)
         except BaseException:
             handle.close()
             raise
         self._manager = SwapManager(handle, store, host_memory, self._stats)
         self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
         self._pid = os.getpid()
-        self._folder = folder
+        self._folders = folders
         self._shut_down = weakref.finalize(self, _shut_down, self._pid, optimizer, self._manager, handle, store)
 
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -182,7 +190,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         # Everything that can be refused is, before the old state is given up.
         plans = plan_states(self._inner, state["param_groups"], states)
         check_memory(plans, cast(int, self.config.host_memory), cast("int | None", self.config.unit_size))
-        check_space(self._folder, state_bytes(plans))
+        check_space(self._folders, state_bytes(plans))
         optimizer = self._inner.optimizer
         optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
         self.param_groups = optimizer.param_groups

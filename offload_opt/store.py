@@ -1,8 +1,8 @@
-"""SwapStore: the unit files of one rank, in a folder that one process owns.
+"""SwapStore: the unit files of one rank, in folders that one process owns.
 
-    <path>/rank-00000-of-00001/
+    <path>/rank-00000-of-00001/            one such folder in each path, on each drive
       LOCK                                 flock: one process owns the store
-      units/unit-00000.0.safetensors       one file a unit
+      units/unit-00000.0.safetensors       one file a unit, in one of the folders
 
 A unit file is a valid safetensors file. Its header is padded so that the data starts on a page, and alignment gaps and
 the tail are named as padding entries, so that the whole data region is one aligned transfer and any tool can read the
@@ -14,6 +14,7 @@ crash.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -28,7 +29,7 @@ import torch
 
 from .config import format_bytes
 from .errors import ConfigError, StoreError
-from .units import PAGE, StateTensor, SwapUnit
+from .units import PAGE, StateTensor, SwapUnit, least_loaded
 
 if TYPE_CHECKING:
     from .aio import AioHandle, IoFuture
@@ -78,107 +79,166 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_folders(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The folders without links. Raises ConfigError for one that no files can be made in, or that is there twice."""
+    folders: list[Path] = []
+    for path in paths:
+        folder = check_folder(path).resolve()
+        if folder in folders:
+            raise ConfigError(f"path {str(path)!r} is given twice: it is the folder {str(folder)!r}")
+        folders.append(folder)
+    return folders
+
+
 def rank_folder(path: str | os.PathLike[str], rank: int, world_size: int) -> Path:
     """Where a rank keeps its store."""
     return Path(path) / f"rank-{rank:05d}-of-{world_size:05d}"
 
 
-def check_space(folder: Path, nbytes: int) -> None:
-    """Raise ConfigError where ``nbytes`` of state do not fit into the store ``folder``, which need not exist yet.
+def check_space(folders: Sequence[Path], nbytes: int) -> None:
+    """Raise ConfigError where ``nbytes`` of state do not fit into the store ``folders``, which need not exist yet.
 
     Units that an earlier run left there count as free space: they are replaced.
     """
-    disk = os.statvfs(folder.parent)
-    left_over = sum(file.stat().st_blocks * 512 for file in (folder / "units").glob(_UNIT_FILES))
-    free = disk.f_bavail * disk.f_frsize + left_over
+    free_on: dict[int, int] = {}  # folders on one device share its space
+    for folder in folders:
+        free_on.setdefault(folder.parent.stat().st_dev, free_bytes(folder.parent))
+    left_over = [file for folder in folders for file in (folder / "units").glob(_UNIT_FILES)]
+    free = sum(free_on.values()) + sum(file.stat().st_blocks * 512 for file in left_over)
     if nbytes > free:
+        paths = [str(folder.parent) for folder in folders]
+        shown = paths if len(paths) > 1 else repr(paths[0])
         raise ConfigError(
-            f"path {str(folder.parent)!r} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
+            f"path {shown} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
             f"{format_bytes(free)} are free"
         )
 
 
-class SwapStore:
-    """The unit files in ``folder``, which is made where it is missing.
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written to files in ``folder``."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
-    The store owns its folder (by a lock that dies with the process) and its files; it borrows ``handle``.
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a unit lies: the number of its folder, its file, and where in the file its data starts."""
+
+    folder: int
+    path: Path
+    data_start: int
+
+
+class SwapStore:
+    """The unit files in ``folders``, which are made where they are missing.
+
+    The store owns its folders (each by a lock that dies with the process) and its files; it borrows ``handle``. Units
+    are spread over the folders by ``bandwidths``, of which there is one for each; none means that all are alike.
 
     Raises:
         StoreError: Another process, or another optimizer of this one, owns the store.
     """
 
-    def __init__(self, folder: Path, handle: AioHandle) -> None:
+    def __init__(self, folders: Sequence[Path], handle: AioHandle, bandwidths: Sequence[float] = ()) -> None:
         self._handle = handle
-        self.folder = folder
-        self._units = folder / "units"
-        for path in (self.folder, self._units):
-            path.mkdir(mode=0o700, exist_ok=True)
-        self._release_lock = weakref.finalize(self, _unlock, _lock(self.folder / "LOCK"), os.getpid())
+        self.folders = tuple(folders)
+        self._bandwidths = tuple(bandwidths) or (1.0,) * len(self.folders)
+        self._assigned = [0] * len(self.folders)  # bytes of units
+        self._places: dict[SwapUnit, _Place] = {}
+        locks: list[int] = []
+        self._release_locks = weakref.finalize(self, _unlock, locks, os.getpid())
+        try:
+            for folder in self.folders:
+                for path in (folder, folder / "units"):
+                    path.mkdir(mode=0o700, exist_ok=True)
+                locks.append(_lock(folder / "LOCK"))
+        except BaseException:
+            self._release_locks()
+            raise
         _open_stores.add(self)
-        self._data_start: dict[SwapUnit, int] = {}
 
     def create(self, units: Sequence[SwapUnit]) -> None:
-        """Make the files of new units, with their space allocated. Raises StoreError when the disk is full."""
+        """Make the files of new units, with their space allocated. Raises StoreError when the disks are full."""
         for file in self._stale():
             file.unlink()
         try:
             for unit in units:
-                self._data_start[unit] = self._create_file(self.path_of(unit), _header(unit), unit.nbytes)
+                place = self._places[unit] = self._create_file(unit)
+                self._assigned[place.folder] += unit.nbytes
         except BaseException:
-            self.forget([unit for unit in units if unit in self._data_start])
+            self.forget([unit for unit in units if unit in self._places])
             raise
 
     def forget(self, units: Sequence[SwapUnit]) -> None:
         """Delete the files of units that are no longer wanted."""
         for unit in units:
-            self._data_start.pop(unit, None)
-            self.path_of(unit).unlink(missing_ok=True)
+            place = self._places.pop(unit, None)
+            if place is not None:
+                self._assigned[place.folder] -= unit.nbytes
+                place.path.unlink(missing_ok=True)
 
     def path_of(self, unit: SwapUnit) -> Path:
-        """The file of a unit, slot 0."""
-        return self._units / f"unit-{unit.index:05d}.0.safetensors"
+        """The file of a unit that has been created, slot 0."""
+        return self._places[unit].path
 
     def read(self, unit: SwapUnit, data: torch.Tensor, after: Sequence[IoFuture] = ()) -> IoFuture:
         """Start to read a unit into the first bytes of ``data``, when the transfers in ``after`` have ended."""
-        return self._handle.async_pread(data[: unit.nbytes], self.path_of(unit), self._data_start[unit], after=after)
+        place = self._places[unit]
+        return self._handle.async_pread(data[: unit.nbytes], place.path, place.data_start, after=after)
 
     def write(self, unit: SwapUnit, data: torch.Tensor) -> IoFuture:
         """Start to write a unit from the first bytes of ``data``."""
-        return self._handle.async_pwrite(data[: unit.nbytes], self.path_of(unit), self._data_start[unit])
+        place = self._places[unit]
+        return self._handle.async_pwrite(data[: unit.nbytes], place.path, place.data_start)
 
     def read_into(self, unit: SwapUnit, tensor: StateTensor, data: torch.Tensor) -> None:
         """Read one state tensor of a unit, in the order of its memory, into the contiguous ``data``."""
-        self._handle.sync_pread(data, self.path_of(unit), self._data_start[unit] + tensor.offset)
+        place = self._places[unit]
+        self._handle.sync_pread(data, place.path, place.data_start + tensor.offset)
 
     def close(self) -> None:
-        """Let go of the lock. The files stay. In a forked child: of its copy; the lock is the parent's."""
-        self._release_lock()
+        """Let go of the locks. The files stay. In a forked child: of its copies; the locks are the parent's."""
+        self._release_locks()
         _open_stores.discard(self)
 
-    def _create_file(self, path: Path, header: bytes, nbytes: int) -> int:
-        """Make a unit file. Returns where its data starts."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, len(header) + nbytes)
-            if os.write(fd, header) != len(header):
-                raise OSError(errno.EIO, "the header was written in part", str(path))
-        except OSError as error:
-            path.unlink()
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                error.filename = str(path)
-                raise
-            disk = os.statvfs(self.folder)
-            raise StoreError(
-                f"no space for the optimizer state: {path} needs {format_bytes(len(header) + nbytes)}, and "
-                f"{format_bytes(disk.f_bavail * disk.f_frsize)} are free"
-            ) from error
-        finally:
-            os.close(fd)
-        return len(header)
+    def _create_file(self, unit: SwapUnit) -> _Place:
+        """Make the file of a unit, in the folder whose turn it is."""
+        header, name = _header(unit), f"unit-{unit.index:05d}.0.safetensors"
+        nbytes = len(header) + unit.nbytes
+        free = [free_bytes(folder) for folder in self.folders]
+        full: OSError | None = None
+        while (index := least_loaded(nbytes, self._assigned, self._bandwidths, free)) is not None:
+            path = self.folders[index] / "units" / name
+            try:
+                _write_header(path, header, nbytes)
+                return _Place(index, path, len(header))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    error.filename = str(path)
+                    raise
+                full, free[index] = error, 0  # a quota, or somebody was quicker
+        rest = ", ".join(f"{format_bytes(free_bytes(folder))} are free in {folder}" for folder in self.folders)
+        raise StoreError(
+            f"no space for the optimizer state: the file {name} needs {format_bytes(nbytes)}, and {rest}"
+        ) from full
 
     def _stale(self) -> list[Path]:
-        own = {self.path_of(unit) for unit in self._data_start}
-        return [file for file in self._units.glob(_UNIT_FILES) if file not in own]
+        own = {place.path for place in self._places.values()}
+        return [file for folder in self.folders for file in (folder / "units").glob(_UNIT_FILES) if file not in own]
+
+
+def _write_header(path: Path, header: bytes, nbytes: int) -> None:
+    """Make a file of ``nbytes`` that starts with the header."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+        if os.write(fd, header) != len(header):
+            raise OSError(errno.EIO, "the header was written in part", str(path))
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(fd)
 
 
 def check_storable(tensor: StateTensor) -> None:
@@ -206,11 +266,12 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _unlock(fd: int, owner: int) -> None:
-    """Let go of the lock, if this is the process that took it. A forked child only closes its copy of the file."""
-    if os.getpid() == owner:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
+def _unlock(locks: Sequence[int], owner: int) -> None:
+    """Let go of the locks, if this process took them. A forked child only closes its copies of the files."""
+    for fd in locks:
+        if os.getpid() == owner:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 def _header(unit: SwapUnit) -> bytes:

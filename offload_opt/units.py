@@ -277,6 +277,23 @@ def plan_units(
     return packer.finish()
 
 
+def least_loaded(nbytes: int, assigned: Sequence[int], bandwidths: Sequence[float], free: Sequence[int]) -> int | None:
+    """Which of several folders is to hold the next unit. None: it has room in none.
+
+    It is the folder that would be through first with all of its bytes, this unit's among them. So consecutive units
+    take turns between the folders in proportion to their bandwidths, and each folder gets, as far as it has room, what
+    it can move in the time of the others: at least that less one unit.
+
+    Args:
+        nbytes: Size of the unit.
+        assigned: Bytes of units that each folder holds already.
+        bandwidths: Of each folder, in any unit of measure.
+        free: Bytes that each folder still has room for.
+    """
+    roomy = [index for index, room in enumerate(free) if room >= nbytes]
+    return min(roomy, key=lambda index: (assigned[index] + nbytes) / bandwidths[index], default=None)
+
+
 class _Packer:
     """Fills one unit after another."""
 

@@ -319,6 +319,54 @@ void pending_work_at_the_end(const EngineEntry& engine) {
   CHECK(finish(handle, written) == bytes.size());
 }
 
+// An engine whose completions are not told as long as `stuck` is set.
+class StuckEngine final : public IoEngine {
+ public:
+  StuckEngine(std::unique_ptr<IoEngine> inner, const std::atomic<bool>& stuck)
+      : inner_(std::move(inner)), stuck_(stuck) {}
+  unsigned submit(std::span<const IoRequest> requests) override { return inner_->submit(requests); }
+  unsigned reap(unsigned min, std::span<IoCompletion> completions) override {
+    while (stuck_) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return inner_->reap(min, completions);
+  }
+  EngineCapabilities capabilities() const override { return inner_->capabilities(); }
+
+ private:
+  std::unique_ptr<IoEngine> inner_;
+  const std::atomic<bool>& stuck_;
+};
+
+// Each device has a queue of its own: one that is stuck does not hold up another.
+void a_stuck_device(const EngineEntry& engine) {
+  const fs::path other = fs::path("/dev/shm") / folder.filename();
+  struct stat here{};
+  struct stat there{};
+  CHECK(::stat(folder.c_str(), &here) == 0);
+  if (::stat(other.parent_path().c_str(), &there) != 0 || here.st_dev == there.st_dev) return;  // one device only
+  fs::create_directories(other);
+  std::atomic<bool> stuck{true};
+  int made = 0;
+  const auto first_one_stuck = [&](unsigned depth) -> std::unique_ptr<IoEngine> {
+    if (made++ > 0) return engine.make(depth);
+    return std::make_unique<StuckEngine>(engine.make(depth), stuck);
+  };
+  {
+    AioHandle handle({}, first_one_stuck);
+    Bytes bytes(100'000, 'x');
+    Bytes back(bytes.size());
+    const OperationPtr held = handle.submit(spec(Direction::kWrite, bytes.data(), bytes.size(), 0, folder / "stuck"));
+    for (int i = 0; i < 10; ++i) {
+      finish(handle, handle.submit(spec(Direction::kWrite, bytes.data(), bytes.size(), 0, other / "file")));
+      finish(handle, handle.submit(spec(Direction::kRead, back.data(), back.size(), 0, other / "file")));
+      CHECK(back == bytes);
+    }
+    CHECK(!ended(*held));
+    stuck = false;
+    CHECK(finish(handle, held) == bytes.size());
+  }
+  fs::remove_all(other);
+}
+
 // Every test on every engine. Returns whether all have passed.
 bool run_tests() {
   struct Test {
@@ -334,6 +382,7 @@ bool run_tests() {
       {"many_threads_on_one_handle", many_threads_on_one_handle},
       {"many_files_at_once", many_files_at_once},
       {"pending_work_at_the_end", pending_work_at_the_end},
+      {"a_stuck_device", a_stuck_device},
   };
   int passed = 0;
   int failed = 0;

@@ -23,7 +23,7 @@ class Pair:
     def __init__(
         self,
         make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
-        store: Path,
+        store: Path | Sequence[Path],
         shapes: Sequence[tuple[int, ...]] = SHAPES_OF_ALL_KINDS,
         dtype: torch.dtype = torch.float32,
         **fields: Any,

@@ -12,14 +12,14 @@ PACKAGE = "offload_opt"
 
 # From the bottom up. Within a layer, too, a module imports only those before it.
 LAYERS = [
-    ["errors", "config", "trace"],
+    ["errors", "config", "trace", "drives"],
     ["units", "codecs", "schedule", "planner", "inner"],
     ["aio", "buffers"],
-    ["store"],
+    ["store", "bandwidth", "tuning"],
     ["swap_manager"],
     ["pager", "state_dict", "optimizer"],
     ["distributed", "integrations"],
-    ["cli"],
+    ["doctor", "cli"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 # Importer and imported: for type annotations only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -36,25 +37,9 @@ def handle() -> Iterator[AioHandle]:
 
 @pytest.fixture
 def swap_store(store: Path, handle: AioHandle) -> Iterator[SwapStore]:
-    swap_store = SwapStore(rank_folder(store, 0, 1), handle)
+    swap_store = SwapStore([rank_folder(store, 0, 1)], handle)
     yield swap_store
     swap_store.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def piece(name: str, *tensors: StateTensor, start: int = 0, stop: int | None = None) -> Piece:
@@ -80,7 +65,7 @@ def random_data(nbytes: int) -> torch.Tensor:
 
 
 def unit_files(swap_store: SwapStore) -> list[str]:
-    return sorted(file.name for file in (swap_store.folder / "units").iterdir())
+    return sorted(file.name for file in (swap_store.folders[0] / "units").iterdir())
 
 
 # Unit files.
@@ -200,7 +185,7 @@ def test_new_units_leave_the_files_of_earlier_ones(swap_store: SwapStore) -> Non
 
 
 def test_what_an_earlier_run_left_is_replaced(swap_store: SwapStore) -> None:
-    folder = swap_store.folder / "units"
+    folder = swap_store.folders[0] / "units"
     stale = [folder / "unit-00000.0.safetensors", folder / "unit-99999.1.safetensors"]
     for file in (*stale, folder / "notes.txt"):
         file.write_bytes(b"left over")
@@ -214,7 +199,7 @@ def test_what_an_earlier_run_left_is_replaced(swap_store: SwapStore) -> None:
 def test_a_link_in_the_place_of_a_unit_file_is_not_followed(swap_store: SwapStore, tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_bytes(b"precious")
-    (swap_store.folder / "units" / "unit-00000.0.safetensors").symlink_to(target)
+    (swap_store.folders[0] / "units" / "unit-00000.0.safetensors").symlink_to(target)
     swap_unit = plain_unit(0, PAGE)
     swap_store.create([swap_unit])
     swap_store.write(swap_unit, random_data(PAGE)).wait()
@@ -225,7 +210,7 @@ def test_a_link_in_the_place_of_a_unit_file_is_not_followed(swap_store: SwapStor
 def test_others_can_neither_read_nor_list(store: Path, handle: AioHandle, mask: int) -> None:
     before = os.umask(mask)
     try:
-        with contextlib.closing(SwapStore(rank_folder(store, 3, 16), handle)) as swap_store:
+        with contextlib.closing(SwapStore([rank_folder(store, 3, 16)], handle)) as swap_store:
             swap_unit = plain_unit(0, PAGE)
             swap_store.create([swap_unit])
             swap_store.write(swap_unit, random_data(PAGE)).wait()
@@ -247,25 +232,25 @@ def test_the_second_owner_in_this_process_is_refused(swap_store: SwapStore, hand
     swap_store.create([plain_unit(0, PAGE)])
     for _ in range(2):
         with pytest.raises(StoreError, match="this process") as caught:
-            SwapStore(swap_store.folder, handle)
-        assert str(swap_store.folder) in str(caught.value)
+            SwapStore([swap_store.folders[0]], handle)
+        assert str(swap_store.folders[0]) in str(caught.value)
     assert unit_files(swap_store) == ["unit-00000.0.safetensors"]
     swap_store.close()
     swap_store.close()
-    SwapStore(swap_store.folder, handle).close()
+    SwapStore([swap_store.folders[0]], handle).close()
 
 
 def test_a_store_that_nobody_holds_any_more_is_free(store: Path, handle: AioHandle) -> None:
-    swap_store = SwapStore(store / "rank", handle)
+    swap_store = SwapStore([store / "rank"], handle)
     del swap_store
-    again = SwapStore(store / "rank", handle)
-    assert again.folder == store / "rank"
+    again = SwapStore([store / "rank"], handle)
+    assert again.folders == (store / "rank",)
     again.close()
 
 
 def test_ranks_do_not_share_a_lock(store: Path, handle: AioHandle) -> None:
-    stores = [SwapStore(rank_folder(store, rank, 2), handle) for rank in range(2)]
-    assert len({swap_store.folder for swap_store in stores}) == 2
+    stores = [SwapStore([rank_folder(store, rank, 2)], handle) for rank in range(2)]
+    assert len({swap_store.folders[0] for swap_store in stores}) == 2
     for swap_store in stores:
         swap_store.close()
 
@@ -276,7 +261,7 @@ from pathlib import Path
 from offload_opt import AioHandle
 from offload_opt.store import SwapStore
 with AioHandle() as handle:
-    store = SwapStore(Path(sys.argv[1]), handle)
+    store = SwapStore([Path(sys.argv[1])], handle)
     print("owner", flush=True)
     sys.stdin.read()
     store.close()
@@ -295,7 +280,7 @@ def test_another_process_owns_the_store(store: Path, handle: AioHandle, kill: bo
         try:
             assert owner.stdout.readline() == "owner\n"
             with pytest.raises(StoreError, match=rf"\b{owner.pid}\b") as caught:
-                SwapStore(folder, handle)
+                SwapStore([folder], handle)
             assert str(folder) in str(caught.value)
             if kill:
                 owner.send_signal(signal.SIGKILL)
@@ -303,7 +288,7 @@ def test_another_process_owns_the_store(store: Path, handle: AioHandle, kill: bo
             else:
                 owner.stdin.close()
                 assert owner.stdout.readline() == "closed\n"
-            SwapStore(folder, handle).close()
+            SwapStore([folder], handle).close()
         finally:
             owner.kill()
 
@@ -316,7 +301,7 @@ from offload_opt.store import SwapStore
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on: a fork of a process with threads
 folder = Path(sys.argv[1])
 handle = AioHandle()
-store = SwapStore(folder, handle)
+store = SwapStore([folder], handle)
 reader, writer = os.pipe()
 
 
@@ -333,7 +318,7 @@ def child(close_first):
 
 def check_owned():
     try:
-        SwapStore(folder, handle)
+        SwapStore([folder], handle)
     except StoreError:
         return
     sys.exit("a child let go of its parent's lock")
@@ -343,7 +328,7 @@ children = [child(True), child(False)]
 check_owned()
 if sys.argv[2] == "owner closes":
     store.close()
-    SwapStore(folder, handle).close()
+    SwapStore([folder], handle).close()
 os.close(writer)
 for pid in children:
     os.waitpid(pid, 0)
@@ -368,28 +353,28 @@ def test_the_lock_belongs_to_the_process_that_took_it(store: Path, case: str) ->
 
 def test_too_little_space_is_found_before_anything_is_made(store: Path) -> None:
     folder = rank_folder(store, 0, 1)
-    check_space(folder, 1)
+    check_space([folder], 1)
     with pytest.raises(ConfigError, match=r"needs 1024\.0 TiB.* free") as caught:
-        check_space(folder, 1 << 50)
+        check_space([folder], 1 << 50)
     assert str(store) in str(caught.value)
     assert list(store.iterdir()) == []
 
 
 def test_what_an_earlier_run_left_counts_as_free(small_disk: Path, handle: AioHandle) -> None:
     folder = rank_folder(small_disk, 0, 1)
-    with contextlib.closing(SwapStore(folder, handle)) as swap_store:
+    with contextlib.closing(SwapStore([folder], handle)) as swap_store:
         swap_store.create([plain_unit(0, 640 << 10)])
     disk = os.statvfs(small_disk)
     assert disk.f_bavail * disk.f_frsize < 600 << 10
-    check_space(folder, 900 << 10)
+    check_space([folder], 900 << 10)
     with pytest.raises(ConfigError, match=r"needs 1\.5 MiB"):
-        check_space(folder, 1536 << 10)
-    with contextlib.closing(SwapStore(folder, handle)) as swap_store:
+        check_space([folder], 1536 << 10)
+    with contextlib.closing(SwapStore([folder], handle)) as swap_store:
         swap_store.create([plain_unit(0, 900 << 10)])
 
 
 def test_a_full_disk(small_disk: Path, handle: AioHandle) -> None:
-    with contextlib.closing(SwapStore(rank_folder(small_disk, 0, 1), handle)) as swap_store:
+    with contextlib.closing(SwapStore([rank_folder(small_disk, 0, 1)], handle)) as swap_store:
         first = plain_unit(0, 256 << 10)
         data = random_data(first.nbytes)
         swap_store.create([first])
@@ -397,13 +382,48 @@ def test_a_full_disk(small_disk: Path, handle: AioHandle) -> None:
         more = [plain_unit(index, 300 << 10) for index in range(1, 5)]
         with pytest.raises(StoreError, match=r"304\.0 KiB.*\b1\d\d\.\d KiB are free") as caught:
             swap_store.create(more)
-        assert str(swap_store.path_of(more[2])) in str(caught.value)  # two of them had room
-        assert isinstance(caught.value.__cause__, OSError)
+        assert "unit-00003.0.safetensors" in str(caught.value)  # two of them had room
+        assert str(swap_store.folders[0]) in str(caught.value)
         assert unit_files(swap_store) == ["unit-00000.0.safetensors"]
 
         swap_store.create(more[:2])  # what they took is free again
         target = torch.zeros_like(data)
         swap_store.read(first, target).wait()
+        assert torch.equal(target, data), f"seed {seed()}"
+
+
+def test_several_full_folders(small_disk: Path, handle: AioHandle) -> None:
+    folders = [small_disk / "a", small_disk / "b"]
+    with contextlib.closing(SwapStore(folders, handle)) as swap_store:
+        units = [plain_unit(index, 300 << 10) for index in range(4)]
+        with pytest.raises(StoreError, match=r"304\.0 KiB") as caught:
+            swap_store.create(units)
+        assert all(f"are free in {folder}" in str(caught.value) for folder in folders)
+        swap_store.create(units[:3])
+        assert [swap_store.path_of(swap_unit).parent.parent for swap_unit in units[:3]] == [*folders, folders[0]]
+
+
+def test_a_folder_over_its_quota_is_passed_by(store: Path, handle: AioHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [store / "a", store / "b"]
+    allocate = os.posix_fallocate
+    calls = 0
+
+    def refuse_the_first(fd: int, offset: int, size: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        allocate(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_the_first)
+    with contextlib.closing(SwapStore(folders, handle)) as swap_store:
+        swap_unit, data = plain_unit(0, PAGE), random_data(PAGE)
+        swap_store.create([swap_unit])
+        assert swap_store.path_of(swap_unit).parent.parent == folders[1]
+        assert list((folders[0] / "units").iterdir()) == []
+        swap_store.write(swap_unit, data).wait()
+        target = torch.zeros_like(data)
+        swap_store.read(swap_unit, target).wait()
         assert torch.equal(target, data), f"seed {seed()}"
 
 

@@ -27,6 +27,7 @@ from offload_opt.units import (
     UnitState,
     is_dense,
     least_host_memory,
+    least_loaded,
     plan_units,
     state_bytes,
 )
@@ -339,3 +340,57 @@ def test_the_table_has_the_round_of_a_unit() -> None:
         unit.move_to(state)
     assert UnitState.RESIDENT not in TRANSITIONS[UnitState.ON_DISK]  # nothing is updated that was not read
     assert UnitState.ON_DISK not in TRANSITIONS[UnitState.RESIDENT]  # nothing that was updated is dropped
+
+
+# Spreading over folders.
+
+
+@st.composite
+def spreads(draw: st.DrawFn) -> tuple[list[int], list[float]]:
+    """Sizes of units, and bandwidths of folders."""
+    sizes = draw(st.lists(st.integers(1, 1 << 25), min_size=1, max_size=100))
+    return sizes, draw(st.lists(st.floats(1, 1e10), min_size=1, max_size=5))
+
+
+@given(spreads())
+def test_folders_get_their_share(spread: tuple[list[int], list[float]]) -> None:
+    sizes, bandwidths = spread
+    assigned = [0] * len(bandwidths)
+    free = [1 << 60] * len(bandwidths)
+    for size in sizes:
+        index = least_loaded(size, assigned, bandwidths, free)
+        assert index is not None
+        assigned[index] += size
+    share = [sum(sizes) * bandwidth / sum(bandwidths) for bandwidth in bandwidths]
+    slack = 1 + 1e-6 * sum(sizes)  # rounding
+    for amount, ideal, bandwidth in zip(assigned, share, bandwidths, strict=True):
+        assert amount >= ideal - max(sizes) - slack
+        # Nor is any through later than it had to be by more than a unit for each of the others.
+        most = (len(bandwidths) - 1) * max(sizes) * bandwidth / sum(bandwidths)
+        assert amount <= ideal + most + slack
+
+
+def test_consecutive_units_take_turns() -> None:
+    assigned = [0, 0]
+    order = []
+    for _ in range(16):
+        index = least_loaded(100, assigned, [3e9, 1e9], [10**6] * 2)
+        assert index is not None
+        assigned[index] += 100
+        order.append(index)
+    assert all(sum(order[start : start + 4]) == 1 for start in range(13))
+
+
+@given(spreads(), st.data())
+def test_no_folder_gets_more_than_it_has_room_for(spread: tuple[list[int], list[float]], data: st.DataObject) -> None:
+    sizes, bandwidths = spread
+    free = data.draw(st.lists(st.integers(0, 1 << 27), min_size=len(bandwidths), max_size=len(bandwidths)))
+    assigned = [0] * len(bandwidths)
+    for size in sizes:
+        index = least_loaded(size, assigned, bandwidths, free)
+        if index is None:
+            assert max(free) < size
+            continue
+        assert free[index] >= size
+        free[index] -= size
+        assigned[index] += size

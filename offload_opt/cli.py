@@ -1,0 +1,391 @@
+"""The command ``offload-opt``: what a machine offers (doctor), how fast a drive is (bench), what suits it (tune)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .aio import AioHandle, engines
+from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
+from .config import ENGINES, AioConfig, format_bytes, parse_bytes
+from .doctor import Finding, describe, examine_folder, examine_machine
+from .errors import ConfigError, OffloadError
+from .tuning import save_tuned, tune
+
+_WIDEST = 110  # columns: beyond, the eye does not find the next line
+_DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_COMPARED_ON = 256 << 20  # bytes: tune() needs room for as much
+_WRITING = 0.15  # the part of a measurement's time in which its files are written
+_CHECKING = 0.25  # the part of tune's time that goes to measuring what was found against the defaults
+_NOISE = 0.25
+_GAIN = 1.03  # times the defaults' bandwidth: what is less is not worth a change
+
+Rates = dict[tuple[AioConfig, Direction], list[float]]
+"""Bytes per second of each repeat."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0, 1 after an error, 130 after Ctrl-C; usage errors exit with 2."""
+    args = _parser().parse_args(argv)
+    with warnings.catch_warnings(), _ended_by_signals():
+        warnings.showwarning = _show_warning
+        try:
+            return cast(int, args.run(args))
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # the reader, `head` for example, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            return _fail(f"{error.strerror or error}{where}")
+        except OffloadError as error:
+            return _fail(str(error))
+
+
+# The commands.
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    machine = examine_machine()
+    folder = examine_folder(args.path) if args.path else []
+    findings = machine + folder
+    failed = any(finding.status == "fail" for finding in findings)
+    if args.json:
+        content = [dataclasses.asdict(finding) for finding in findings]
+        path = str(args.path.resolve()) if args.path else None
+        print(json.dumps({"offload_opt": version("offload_opt"), "path": path, "findings": content}, indent=2))
+        return int(failed)
+    console = _console()
+    width = max(len(finding.name) for finding in findings)
+    _print_findings(console, "This machine", machine, width)
+    if folder:
+        _print_findings(console, str(args.path.resolve()), folder, width)
+    console.print(_summary(findings))
+    if not args.path:
+        console.print("For a folder's drive: offload-opt doctor FOLDER", style="dim")
+    return int(failed)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    names = args.engine or [name for name, works, _ in engines() if works]
+    grid = itertools.product(names, args.block_size, args.queue_depth, args.threads)
+    configs = [AioConfig(engine=e, block_size=b, queue_depth=d, num_threads=t) for e, b, d, t in grid]
+    with _progress() as advance:
+        rates = _compare(args.path, configs, args.size, args.seconds, args.repeats, advance)
+    if args.json:
+        print(json.dumps(_bench_content(args, configs, rates), indent=2))
+    else:
+        _print_bench(_console(), args, configs, rates)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    default = AioConfig()
+    with _progress() as advance:
+        searching = 1 - _CHECKING
+        found = tune(args.path, seconds=searching * args.seconds, progress=lambda done, t: advance(searching * done, t))
+        configs = list(dict.fromkeys([default, found.aio]))
+        rates = _compare(
+            args.path,
+            configs,
+            _COMPARED_ON,
+            _CHECKING * args.seconds,
+            3,
+            lambda done, text: advance(searching + _CHECKING * done, text),
+        )
+    console = _console()
+    _print_tuned(console, args.path, configs, rates)
+    if found.aio == default:
+        console.print("Nothing else that was tried is faster by 3 % or more.")
+    elif _median(rates, found.aio, "mixed") < _GAIN * _median(rates, default, "mixed"):
+        # The best of many measurements is often only the luckiest.
+        console.print("Measured against each other again, the defaults are as fast: they stay.")
+        read, write, mixed = (_median(rates, default, direction) for direction in _DIRECTIONS)
+        found = dataclasses.replace(found, aio=default, read=read, write=write, mixed=mixed)
+    if args.dry_run:
+        console.print("Not saved: --dry-run.")
+        return 0
+    file = save_tuned(args.path, found)
+    console.print(Text(f"Saved in {file}: OffloadOptimizer uses it from now on."), soft_wrap=True)
+    return 0
+
+
+def _compare(
+    folder: Path,
+    configs: Sequence[AioConfig],
+    nbytes: int,
+    seconds: float,
+    repeats: int,
+    advance: Callable[[float, str], None],
+) -> Rates:
+    """Measure all settings in all directions, in turns, so that what else the machine does hits all of them."""
+    if nbytes < LEAST_MEASURED:
+        raise ConfigError(f"at least {format_bytes(LEAST_MEASURED)} are needed to measure, not {format_bytes(nbytes)}")
+    for aio in configs:  # what does not work fails before anything is written
+        try:
+            AioHandle.from_config(aio, folder).close()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    runs = [(aio, direction) for _ in range(repeats) for aio in configs for direction in _DIRECTIONS]
+    rates: Rates = {}
+    ends = time.perf_counter() + seconds
+    advance(0, "writing the test files")
+    with ScratchFiles(folder, nbytes, _WRITING * seconds) as files:
+        for number, (aio, direction) in enumerate(runs):
+            advance(number / len(runs), f"{aio.engine}, {format_bytes(cast(int, aio.block_size))}, {direction}")
+            share = max(ends - time.perf_counter(), 0) / (len(runs) - number)
+            rates.setdefault((aio, direction), []).append(run([files], aio, direction, share)[0])
+    return rates
+
+
+# Output.
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    console.width = min(console.width, _WIDEST)
+    return console
+
+
+def _print_findings(console: Console, title: str, findings: Sequence[Finding], width: int) -> None:
+    arrow = "→" if (console.encoding or "").lower().startswith("utf") else "->"
+    console.print(Text(title, style="bold"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, min_width=max(map(len, _STYLES)))
+    table.add_column(no_wrap=True, min_width=width)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        style = _STYLES[finding.status]
+        table.add_row(Text(finding.status, style=style), Text(finding.name), Text(finding.found))
+        if finding.advice:
+            table.add_row("", "", Text(f"{arrow} {finding.advice}", style=style))
+    console.print(Padding(table, (0, 0, 1, 2)))
+
+
+def _summary(findings: Sequence[Finding]) -> Text:
+    failures, warned = (sum(finding.status == status for finding in findings) for status in ("fail", "warn"))
+    parts = [
+        f"{count} {word}{'s' * (count > 1)}" for count, word in ((failures, "failure"), (warned, "warning")) if count
+    ]
+    if failures:
+        return Text(f"{', '.join(parts)}: offloading cannot work before the failures are put right.", style="bold red")
+    if warned:
+        return Text(f"{parts[0]}: offloading works, and could do so better.", style="yellow")
+    return Text("All is well.", style="green")
+
+
+def _print_bench(console: Console, args: argparse.Namespace, configs: Sequence[AioConfig], rates: Rates) -> None:
+    table = Table(title=f"GB/s in {escape(str(args.path))}")
+    table.add_column("engine")
+    for name in ("block", "depth", "threads"):
+        table.add_column(name, justify="right")
+    best = {direction: max(configs, key=lambda aio: _median(rates, aio, direction)) for direction in _DIRECTIONS}
+    for direction in _DIRECTIONS:
+        table.add_column(direction, justify="right")
+    for number, aio in enumerate(configs):
+        if number and aio.engine != configs[number - 1].engine:
+            table.add_section()
+        cells = [
+            Text(f"{_median(rates, aio, direction) / 1e9:.2f}", style="bold green" if best[direction] == aio else "")
+            for direction in _DIRECTIONS
+        ]
+        block = format_bytes(cast(int, aio.block_size))
+        table.add_row(aio.engine, block, str(aio.queue_depth), str(aio.num_threads), *cells)
+    console.print(table)
+    console.print(
+        f"Medians of {args.repeats}, on at most {format_bytes(args.size)} of files. Mixed reads and writes at once, as "
+        "a step does, and counts both."
+    )
+    console.print(f"Fastest at it: {describe(best['mixed'])}.")
+    spread = max((max(repeats) - min(repeats)) / statistics.median(repeats) for repeats in rates.values())
+    if spread > _NOISE:
+        console.print(
+            f"Repeats differ by up to {100 * spread:.0f} %: the drive is busy, or not steady.", style="yellow"
+        )
+
+
+def _median(rates: Rates, aio: AioConfig, direction: Direction) -> float:
+    return statistics.median(rates[aio, direction])
+
+
+def _bench_content(args: argparse.Namespace, configs: Sequence[AioConfig], rates: Rates) -> dict[str, object]:
+    results = [
+        {
+            **dataclasses.asdict(aio),
+            "bytes_per_second": {direction: _median(rates, aio, direction) for direction in _DIRECTIONS},
+            "runs": {direction: rates[aio, direction] for direction in _DIRECTIONS},
+        }
+        for aio in configs
+    ]
+    return {"offload_opt": version("offload_opt"), "path": str(args.path), "size": args.size, "results": results}
+
+
+def _print_tuned(console: Console, folder: Path, configs: Sequence[AioConfig], rates: Rates) -> None:
+    """The defaults, and beside them what was found, where it is something else."""
+    table = Table(title=f"I/O settings for {escape(str(folder))}")
+    default, found = configs[0], configs[-1]
+    table.add_column()
+    for name in ("default",) if found == default else ("default", "found", ""):
+        table.add_column(name, justify="right")
+
+    def row(name: str, of_default: str, of_found: str, change: str) -> None:
+        table.add_row(*[name, of_default, of_found, change][: len(table.columns)])
+
+    for field in dataclasses.fields(AioConfig):
+        values = [getattr(aio, field.name) for aio in (default, found)]
+        shown = [format_bytes(value) if field.name == "block_size" else str(value) for value in values]
+        row(field.name, shown[0], shown[1], "" if values[0] == values[1] else "changed")
+    table.add_section()
+    for direction in _DIRECTIONS:
+        before, after = (_median(rates, aio, direction) for aio in (default, found))
+        change = f"{100 * (after / before - 1):+.0f} %"
+        row(direction, f"{before / 1e9:.2f} GB/s", f"{after / 1e9:.2f} GB/s", change)
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on stderr, where that is a terminal. Yields what sets the part that is done and the text."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=1.0)
+        yield lambda part, text: progress.update(bar, completed=part, description=escape(text))
+
+
+def _fail(message: str) -> int:
+    print(f"offload-opt: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"offload-opt: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does: its temporary files are removed."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What the caller ignores (nohup) or handles stays so.
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+# The arguments.
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="offload-opt", description="Keep a PyTorch model's optimizer state on NVMe.")
+    parser.add_argument("--version", action="version", version=f"offload-opt {version('offload_opt')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    seconds = "for all of it, roughly (default: %(default)g)"
+
+    text = "say what this machine, and a folder's drive, offer, and what to do about what is missing"
+    doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    doctor.add_argument("path", nargs="?", type=_folder, metavar="PATH", help="the folder that is to hold the state")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    text = "measure how fast a folder's drive reads, writes, and does both"
+    bench = commands.add_parser(
+        "bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST is separated by commas."
+    )
+    add = bench.add_argument
+    add("path", type=_folder, metavar="PATH", help="a folder on the drive; temporary files are made in it")
+    add("--size", type=_size, default="1GiB", help="of these files in all, at most (default: %(default)s)")
+    add("--block-size", type=_list(_size), default="256KiB,1MiB,4MiB", metavar="LIST", help=_of("bytes of a request"))
+    add("--queue-depth", type=_list(_positive), default="32", metavar="LIST", help=_of("requests in flight a thread"))
+    add("--threads", type=_list(_positive), default="1", metavar="LIST", help=_of("I/O threads"))
+    add("--engine", type=_list(_engine), metavar="LIST", help=f"of {', '.join(ENGINES)} (default: each that works)")
+    add("--repeats", type=_positive, default=3, metavar="N", help=_of("of each measurement, of which the median"))
+    add("--seconds", type=_seconds, default=60.0, metavar="S", help=seconds)
+    add("--json", action="store_true", help="print the figures as JSON, in bytes a second")
+    bench.set_defaults(run=_bench)
+
+    text = "find the I/O settings that suit a folder's drive, and keep them in the folder"
+    tune = commands.add_parser("tune", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    tune.add_argument("path", type=_folder, metavar="PATH", help="the folder that OffloadOptimizer is given")
+    tune.add_argument("--seconds", type=_seconds, default=40.0, metavar="S", help=seconds)
+    tune.add_argument("--dry-run", action="store_true", help="only print what is found")
+    tune.set_defaults(run=_tune)
+    return parser
+
+
+def _of(text: str) -> str:
+    return f"{text} (default: %(default)s)"
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    try:
+        if text and path.is_dir():
+            return path
+        wrong = "is not a folder" if text and path.exists() else "does not exist: make the folder first"
+    except OSError as error:
+        wrong = f"cannot be looked at: {error.strerror}"
+    raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text, "size")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+
+
+def _engine(text: str) -> str:
+    if text not in ENGINES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ENGINES)}")
+    return text
+
+
+def _list(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
+    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))

@@ -1,0 +1,41 @@
+"""The benchmark of the handle runs, with whatever of its contenders there is here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_opt import _C
+
+pytest.importorskip("rich")
+
+AIO = Path(__file__).parents[2] / "benchmarks" / "aio.py"
+# DeepSpeed's handle may have to be compiled, which takes minutes.
+SMALL = ["--blocks", "64KiB", "--depths", "4", "--size", "4MiB", "--rounds", "1", "--without", "deepspeed", "--no-save"]
+
+
+def test_aio_measures_every_engine_in_every_direction(tmp_path: Path) -> None:
+    command = [sys.executable, AIO, tmp_path, *SMALL, "--operations", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for direction in ("read", "write", "mixed"):
+        _, _, table = done.stdout.partition(f"{direction}, GB/s")
+        heading, row = table.split("┡", 1)[0], re.search(r"│ *64\.0 KiB.*", table)
+        assert row, done.stdout
+        columns = len(re.findall(r"\bours\b(?!/)", heading))
+        assert columns == sum(works for _, works, _ in _C.engines())
+        speeds = [float(cell) for cell in row[0].split("│")[4 : 4 + columns]]
+        assert min(speeds) > 0
+    assert re.search(r"│ unregistered .*\d", done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_aio_refuses_what_does_not_divide(tmp_path: Path) -> None:
+    command = [sys.executable, AIO, tmp_path, *SMALL, "--threads", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "divide" in done.stderr
