@@ -3,15 +3,19 @@
 // An operation's memory belongs to a Python object, which must live until the operation has ended and must be let go of
 // with the GIL held and no native lock taken. So each Handle keeps those objects in a list that only its own
 // Python-side calls touch; worker threads never see Python.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <deque>
 #include <system_error>
+#include <thread>
 
 #include "aio_handle.h"
 #include "locked_memory.h"
@@ -28,12 +32,48 @@ namespace {
 // How long a wait keeps Ctrl-C waiting.
 constexpr std::chrono::milliseconds kSignalInterval{100};
 
+// Lets go of the GIL as long as it lives. When the interpreter ends, a daemon thread may be in here: to take the GIL
+// back would end that thread inside frames of ours, which C++ answers with an abort. So from prepare_to_exit() on, all
+// threads but the caller's stay where they are.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) { ++outside; }
+  ~WithoutGil() {
+    if (exiting && std::this_thread::get_id() != exiting_thread) {
+      --outside;
+      while (true) ::pause();
+    }
+    PyEval_RestoreThread(state_);
+    --outside;
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+  // Returns when no other thread is about to take the GIL back.
+  static void prepare_to_exit() {
+    exiting_thread = std::this_thread::get_id();
+    exiting = true;
+    PyThreadState* const state = PyEval_SaveThread();
+    while (outside > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    PyEval_RestoreThread(state);
+  }
+
+  // In a child of fork() there are no other threads.
+  static void forget_threads() { outside = 0; }
+
+ private:
+  inline static std::atomic<unsigned> outside{0};
+  inline static std::atomic<bool> exiting{false};
+  inline static std::thread::id exiting_thread;  // set before `exiting`
+  PyThreadState* const state_;
+};
+
 // Calls `poll` without the GIL until it returns true; lets Python's signal handlers run in between.
 template <typename Poll>
 void wait_interruptibly(Poll poll) {
   while (true) {
     {
-      py::gil_scoped_release release;
+      WithoutGil release;
       if (poll()) return;
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -75,7 +115,7 @@ class PyHandle {
     let_go_of_ended();
     OperationPtr operation;
     {
-      py::gil_scoped_release release;
+      WithoutGil release;
       operation = handle_->submit(std::move(spec));
     }
     buffers_.emplace_back(operation, buffer);
@@ -89,7 +129,7 @@ class PyHandle {
     let_go_of_ended();
     OperationPtr operation;
     {
-      py::gil_scoped_release release;
+      WithoutGil release;
       operation = handle_->submit(std::move(spec));
     }
     // Ctrl-C may leave the wait below while the operation goes on.
@@ -101,7 +141,7 @@ class PyHandle {
   std::uint64_t run_here(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
                          std::uint64_t offset, bool validate) {
     TransferSpec spec = make_spec(write, data, length, path, fd, offset, validate);
-    py::gil_scoped_release release;
+    WithoutGil release;
     return handle_->run(std::move(spec));
   }
 
@@ -113,7 +153,7 @@ class PyHandle {
 
   void close() {
     {
-      py::gil_scoped_release release;
+      WithoutGil release;
       handle_->close();
     }
     let_go_of_ended();
@@ -259,6 +299,8 @@ PYBIND11_MODULE(_C, module) {
     const std::uint64_t granule = direct_io(folder, why_not);
     return py::make_tuple(granule, why_not);
   });
+  ::pthread_atfork(nullptr, nullptr, &WithoutGil::forget_threads);
+  module.def("prepare_to_exit", &WithoutGil::prepare_to_exit);
   module.def("page_size", &page_size);
   module.def("trim_heap", &trim_heap);
   module.def("exclude_from_fork", &exclude_from_fork, py::arg("data"), py::arg("size"));

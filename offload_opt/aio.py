@@ -427,6 +427,7 @@ def _cuda_runtime() -> Any:
 def _close_all() -> None:
     for handle in list(_open_handles):
         handle.close()
+    _C.prepare_to_exit()  # daemon threads may still be in there
 
 
 # Pending transfers write into memory that the interpreter is about to free.
