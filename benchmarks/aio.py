@@ -224,12 +224,12 @@ def coloured(ratio: float, good: bool) -> str:
 
 def show_cpu(console: Console, figures: dict[str, Any]) -> None:
     table = Table(title=f"CPU time of a 4 KiB random read, {figures['engine']}, microseconds")
-    for column in ("", "user", "kernel", "both", "reads/s"):
+    for column in ("", "handle's thread", "whole process", "reads/s"):
         table.add_column(column, justify="right" if column else "left")
     for mode, row in figures["median"].items():
-        times = [f"{row[name]:.2f}" for name in ("user", "kernel", "cpu")]
+        times = [f"{row[name]:.2f}" for name in ("handle", "process")]
         table.add_row(f"{mode} buffers and files", *times, f"{row['per_second']:,.0f}")
-    table.add_row("ratio", "", "", coloured(figures["ratio"], figures["ratio"] < 1))
+    table.add_row("ratio", coloured(figures["ratio"], figures["ratio"] < 1), f"{figures['ratio_of_process']:.3f}", "")
     console.print(table)
     console.print(
         f"registered was cheaper in {figures['pairs_cheaper']} of {len(figures['pairs']['registered'])} pairs"
