@@ -115,11 +115,9 @@ class Worker {
       : pump_(config, std::move(engine), std::move(span_ended)), thread_([this] { run(); }) {}
 
   void add(Span span) {
-    {
-      std::lock_guard lock(mutex_);
-      inbox_.push_back(std::move(span));
-    }
-    arrived_.notify_one();
+    std::lock_guard lock(mutex_);
+    inbox_.push_back(std::move(span));
+    arrived_.notify_one();  // under the lock: once the span has ended, close() may destroy the worker
   }
 
   // Ends the thread once its inbox and pump are empty.

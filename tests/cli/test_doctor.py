@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ from offload_opt.config import AioConfig
 from offload_opt.doctor import Finding
 from offload_opt.drives import Drive, Mount, find_drives, find_mount
 from offload_opt.tuning import TUNED_FILE, Tuned, save_tuned
+from tests import scripts
 from tests.cli.support import block_device, mounted, nvme, stack, write
 
 GIB = 1 << 30
@@ -159,7 +158,7 @@ assert "at most" in finding.found and "limits.conf" in finding.advice, finding
 
 def test_locked_memory_for_an_ordinary_user_with_a_low_limit() -> None:
     """In a child that gives up its privileges, where it has any, and lowers its limit."""
-    done = subprocess.run([sys.executable, "-c", LOW_LIMIT], capture_output=True, text=True, timeout=120)
+    done = scripts.run(LOW_LIMIT)
     if done.returncode == 77:
         pytest.skip(f"cannot become an ordinary user here: {done.stdout}")
     assert done.returncode == 0, done.stderr

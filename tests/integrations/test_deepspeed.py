@@ -284,6 +284,7 @@ def run(*command: str | Path) -> str:
         port = probe.getsockname()[1]
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", **{name: str(value) for name, value in alone.items()}}
+    environment.pop("PYTHONOPTIMIZE", None)  # DeepSpeed reads and writes inside `assert`
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, timeout=240, env=environment
     )
