@@ -243,17 +243,22 @@ def main() -> None:
         console.width = 140
     torch.manual_seed(0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder, Progress(*columns, transient=True) as progress:
+    # Drawn only between the runs: a thread that draws all the while would be measured along.
+    bar = Progress(*columns, transient=True, auto_refresh=False)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder, bar as progress:
         task = progress.add_task("writing the files; DeepSpeed's handle is compiled if it never was (five minutes)")
         comparison = Comparison(args, Path(folder))
         progress.update(task, total=len(args.settings) * len(args.directions) * args.rounds * comparison.count())
 
         def tick(what: str) -> None:
-            progress.update(task, description=what, advance=1)
+            progress.update(task, description=what, advance=1, refresh=True)
 
         cases = []
         for setting in args.settings:
-            cases += comparison.measure(setting, args.directions, tick)
+            try:
+                cases += comparison.measure(setting, args.directions, tick)
+            except (RuntimeError, OSError) as error:  # one of many: the others are worth their time
+                comparison.notes.append(f"{setting} is left out: {error}")
         results: dict[str, Any] = {"cases": cases, "versions": comparison.versions, "notes": comparison.notes}
         comparison.close()
         if "cpu" not in args.without:

@@ -83,6 +83,10 @@ void validate(Operation& operation) try {
     const int fd = direct ? file.direct_fd() : file.buffered_fd();
     const ssize_t got = ::pread(fd, buffer.get(), length, static_cast<off_t>(offset));
     if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EINVAL && direct) {
+      file.forbid_direct();
+      continue;
+    }
     const std::string where = " at offset " + std::to_string(offset);
     if (got < 0) throw IoError(errno, std::string("validation: ") + std::strerror(errno) + where, file.path());
     if (got == 0) throw IoError(ENODATA, "validation: the file ends" + where, file.path());
@@ -374,10 +378,12 @@ std::uint64_t AioHandle::run(TransferSpec spec) {
     try {
       impl_->inline_pump = std::make_unique<BlockPump>(impl_->config, impl_->make_engine(impl_->config.queue_depth),
                                                        impl_->span_ended());
-    } catch (const std::system_error& error) {
-      operation->fail(IoError(error.code().value(), error.what(), operation->spec.path));
-      impl_->end(operation);
-      throw;
+    } catch (const std::system_error&) {
+      // No engine more for the caller's thread: the workers have some.
+      impl_->start(operation);
+      while (!wait_for(*operation, std::chrono::seconds(1))) {
+      }
+      return result(*operation);
     }
   }
   operation->spans_left = 1;

@@ -1,8 +1,8 @@
 // The only file that knows Python: converts, releases the GIL, calls, converts back.
 //
 // An operation's memory belongs to a Python object, which must live until the operation has ended and must be let go of
-// with the GIL held and no native lock taken. So each Handle keeps those objects in a list that only its own
-// Python-side calls touch; worker threads never see Python.
+// with the GIL held and no native lock taken. So each Handle keeps those objects in a list that only Python-side calls
+// touch; worker threads never see Python.
 #include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,24 +32,26 @@ namespace {
 // How long a wait keeps Ctrl-C waiting.
 constexpr std::chrono::milliseconds kSignalInterval{100};
 
-// Lets go of the GIL as long as it lives. When the interpreter ends, a daemon thread may be in here: to take the GIL
-// back would end that thread inside frames of ours, which C++ answers with an abort. So from prepare_to_exit() on, all
-// threads but the caller's stay where they are.
+// Lets go of the GIL as long as it lives. When the interpreter ends, a daemon thread that takes the GIL back is ended
+// on the spot, and if that is inside frames of ours, C++ answers with an abort. So before the end, prepare_to_exit()
+// waits until all threads have come out, and from then on lets only its own caller in.
 class WithoutGil {
  public:
-  WithoutGil() : state_(PyEval_SaveThread()) { ++outside; }
-  ~WithoutGil() {
+  WithoutGil() {
     if (exiting && std::this_thread::get_id() != exiting_thread) {
-      --outside;
-      while (true) ::pause();
+      throw std::runtime_error("the interpreter is about to end: no more I/O on this thread");
     }
+    ++outside;  // before others may run
+    state_ = PyEval_SaveThread();
+  }
+  ~WithoutGil() {
     PyEval_RestoreThread(state_);
     --outside;
   }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 
-  // Returns when no other thread is about to take the GIL back.
+  // All handles must be closed by now, so that nothing that a thread waits for is still to come.
   static void prepare_to_exit() {
     exiting_thread = std::this_thread::get_id();
     exiting = true;
@@ -63,10 +65,42 @@ class WithoutGil {
 
  private:
   inline static std::atomic<unsigned> outside{0};
-  inline static std::atomic<bool> exiting{false};
-  inline static std::thread::id exiting_thread;  // set before `exiting`
-  PyThreadState* const state_;
+  // Both only with the GIL held.
+  inline static bool exiting = false;
+  inline static std::thread::id exiting_thread;
+  PyThreadState* state_;
 };
+
+// Python objects that pending operations' memory belongs to. With the GIL held.
+class Buffers {
+ public:
+  void keep(OperationPtr operation, py::object buffer) { kept_.emplace_back(std::move(operation), std::move(buffer)); }
+
+  // Operations end nearly in the order of their submission, so looking at the front is enough.
+  void let_go_of_ended() {
+    while (!kept_.empty() && ended(*kept_.front().first)) {
+      const auto last = std::move(kept_.front());  // its object may run Python code: out of the list first
+      kept_.pop_front();
+    }
+  }
+
+  void let_go_of(const OperationPtr& operation) {
+    const auto found =
+        std::find_if(kept_.begin(), kept_.end(), [&](const auto& kept) { return kept.first == operation; });
+    if (found == kept_.end()) return;
+    const auto last = std::move(*found);
+    kept_.erase(found);
+  }
+
+ private:
+  std::deque<std::pair<OperationPtr, py::object>> kept_;
+};
+
+template <typename Call>
+auto without_gil(Call call) {
+  const WithoutGil release;
+  return call();
+}
 
 // Calls `poll` without the GIL until it returns true; lets Python's signal handlers run in between.
 template <typename Poll>
@@ -80,16 +114,16 @@ void wait_interruptibly(Poll poll) {
   }
 }
 
-class PyHandle;
-
 struct PyOperation {
   std::shared_ptr<AioHandle> handle;
+  std::shared_ptr<Buffers> buffers;
   OperationPtr operation;
   py::object buffer;  // keeps the memory alive as long as the future
 
   bool done() const { return ended(*operation); }
   std::uint64_t wait() {
     wait_interruptibly([&] { return handle->wait_for(*operation, kSignalInterval); });
+    buffers->let_go_of(operation);
     return handle->result(*operation);
   }
 };
@@ -103,7 +137,13 @@ class PyHandle {
     if (!handle_) throw std::invalid_argument("no engine is called '" + engine + "'");
   }
 
-  ~PyHandle() { close(); }
+  ~PyHandle() {
+    try {
+      close();
+    } catch (const std::runtime_error&) {
+      // The interpreter is about to end. The handle then closes with the GIL held.
+    }
+  }
 
   PyOperation submit(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
                      std::uint64_t offset, bool validate, py::object buffer, const std::vector<PyOperation*>& after) {
@@ -112,29 +152,30 @@ class PyHandle {
       if (before->handle != handle_) throw std::invalid_argument("after: an operation of another handle");
       spec.after.push_back(before->operation);
     }
-    let_go_of_ended();
+    buffers_->let_go_of_ended();
     OperationPtr operation;
     {
       WithoutGil release;
       operation = handle_->submit(std::move(spec));
     }
-    buffers_.emplace_back(operation, buffer);
-    return {handle_, std::move(operation), std::move(buffer)};
+    buffers_->keep(operation, buffer);
+    return {handle_, buffers_, std::move(operation), std::move(buffer)};
   }
 
   std::uint64_t run_on_workers(bool write, std::uintptr_t data, std::uint64_t length, const std::string& path, int fd,
                                std::uint64_t offset, bool validate, py::object buffer) {
     TransferSpec spec = make_spec(write, data, length, path, fd, offset, validate);
     spec.counted = false;
-    let_go_of_ended();
+    buffers_->let_go_of_ended();
     OperationPtr operation;
     {
       WithoutGil release;
       operation = handle_->submit(std::move(spec));
     }
     // Ctrl-C may leave the wait below while the operation goes on.
-    buffers_.emplace_back(operation, std::move(buffer));
+    buffers_->keep(operation, std::move(buffer));
     wait_interruptibly([&] { return handle_->wait_for(*operation, kSignalInterval); });
+    buffers_->let_go_of(operation);
     return handle_->result(*operation);
   }
 
@@ -147,7 +188,7 @@ class PyHandle {
 
   std::uint64_t wait() {
     wait_interruptibly([&] { return handle_->wait_for_all(kSignalInterval); });
-    let_go_of_ended();
+    buffers_->let_go_of_ended();
     return handle_->finish_all();
   }
 
@@ -156,7 +197,7 @@ class PyHandle {
       WithoutGil release;
       handle_->close();
     }
-    let_go_of_ended();
+    buffers_->let_go_of_ended();
   }
 
  private:
@@ -173,31 +214,24 @@ class PyHandle {
     return spec;
   }
 
-  // Operations end nearly in the order of their submission, so looking at the front is enough.
-  void let_go_of_ended() {
-    while (!buffers_.empty() && ended(*buffers_.front().first)) {
-      const auto last = std::move(buffers_.front());  // its object may run Python code: out of the list first
-      buffers_.pop_front();
-    }
-  }
-
   std::shared_ptr<AioHandle> handle_;
-  std::deque<std::pair<OperationPtr, py::object>> buffers_;
+  const std::shared_ptr<Buffers> buffers_ = std::make_shared<Buffers>();
 };
 
 // Memory that Python sees through the buffer protocol. `on_free(address)` is called just before it is unmapped: a
 // driver that has registered the memory must forget it first.
 struct PyLockedMemory {
-  PyLockedMemory(std::size_t size, py::object on_free_call) : memory(size), on_free(std::move(on_free_call)) {}
+  PyLockedMemory(std::size_t size, py::object on_free_call)
+      : memory(without_gil([&] { return std::make_unique<LockedMemory>(size); })), on_free(std::move(on_free_call)) {}
   ~PyLockedMemory() {
     if (on_free.is_none() || Py_IsInitialized() == 0) return;
     try {
-      on_free(reinterpret_cast<std::uintptr_t>(memory.data()));
+      on_free(reinterpret_cast<std::uintptr_t>(memory->data()));
     } catch (py::error_already_set& error) {
       error.discard_as_unraisable("LockedMemory");
     }
   }
-  LockedMemory memory;
+  const std::unique_ptr<LockedMemory> memory;
   py::object on_free;
 };
 
@@ -215,7 +249,7 @@ py::list engines() {
   py::list rows;
   for (const EngineEntry* entry : engine_table()) {
     std::string why_not;
-    const bool works = entry->available(why_not);
+    const bool works = without_gil([&] { return entry->available(why_not); });
     rows.append(py::make_tuple(entry->name, works, why_not));
   }
   return rows;
@@ -284,19 +318,20 @@ PYBIND11_MODULE(_C, module) {
   py::class_<PyLockedMemory>(module, "LockedMemory", py::buffer_protocol())
       .def(py::init<std::size_t, py::object>(), py::arg("size"), py::arg("on_free") = py::none())
       .def_buffer([](PyLockedMemory& self) {
-        return py::buffer_info(static_cast<std::uint8_t*>(self.memory.data()),
-                               static_cast<py::ssize_t>(self.memory.size()));
+        return py::buffer_info(static_cast<std::uint8_t*>(self.memory->data()),
+                               static_cast<py::ssize_t>(self.memory->size()));
       })
       .def_property_readonly(
-          "address", [](const PyLockedMemory& self) { return reinterpret_cast<std::uintptr_t>(self.memory.data()); })
-      .def_property_readonly("size", [](const PyLockedMemory& self) { return self.memory.size(); })
-      .def_property_readonly("why_not_locked", [](const PyLockedMemory& self) { return self.memory.why_not_locked(); });
+          "address", [](const PyLockedMemory& self) { return reinterpret_cast<std::uintptr_t>(self.memory->data()); })
+      .def_property_readonly("size", [](const PyLockedMemory& self) { return self.memory->size(); })
+      .def_property_readonly("why_not_locked",
+                             [](const PyLockedMemory& self) { return self.memory->why_not_locked(); });
 
   module.def("buffer_address", &buffer_address, py::arg("buffer"), py::arg("writable"));
   module.def("engines", &engines);
   module.def("direct_io", [](const std::string& folder) {
     std::string why_not;
-    const std::uint64_t granule = direct_io(folder, why_not);
+    const std::uint64_t granule = without_gil([&] { return direct_io(folder, why_not); });
     return py::make_tuple(granule, why_not);
   });
   ::pthread_atfork(nullptr, nullptr, &WithoutGil::forget_threads);

@@ -13,8 +13,7 @@ namespace {
 constexpr unsigned kMaxAttempts = 1000;
 
 void back_off(unsigned attempts) {
-  using std::chrono::microseconds;
-  if (attempts > 2) std::this_thread::sleep_for(microseconds(std::min(10'000u, 100u * attempts)));
+  if (attempts > 2) std::this_thread::sleep_for(std::chrono::microseconds(std::min(10'000u, 100u * attempts)));
 }
 
 }  // namespace
@@ -41,9 +40,11 @@ void BlockPump::turn() {
   const unsigned min = config_.overlap_events ? 1 : in_flight_;
   const unsigned count = engine_->reap(min, completions_);
   in_flight_ -= count;
+  most_attempts_ = 0;
   for (unsigned i = 0; i < count; ++i) {
     complete(static_cast<unsigned>(completions_[i].tag), completions_[i].res);
   }
+  back_off(most_attempts_);
 }
 
 // Sends what is to be sent again first, then new blocks, until the queue is full.
@@ -139,7 +140,7 @@ void BlockPump::complete(unsigned slot, std::int64_t res) {
     retry(slot);
   } else if (res == 0 || res == -EAGAIN || res == -EINTR) {
     if (++block.attempts < kMaxAttempts) {
-      back_off(block.attempts);
+      most_attempts_ = std::max(most_attempts_, block.attempts);
       retry(slot);
     } else {
       give_up(slot, res == 0 ? EIO : static_cast<int>(-res), "the device takes no bytes, however often asked");

@@ -97,6 +97,7 @@ class BlockPump {
   std::vector<IoRequest> batch_;
   std::vector<IoCompletion> completions_;
   unsigned in_flight_ = 0;
+  unsigned most_attempts_ = 0;  // of the blocks that moved nothing in this turn
 };
 
 }  // namespace offload_opt

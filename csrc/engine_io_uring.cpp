@@ -8,10 +8,13 @@
 #include "io_engine.h"
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
-#include <linux/io_uring.h>
-#endif
-#ifdef IORING_RSRC_REGISTER_SPARSE  // headers of Linux 5.19 or later; the kernel that runs may be older
+#include <linux/version.h>
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)
 #define OFFLOAD_OPT_HAVE_IO_URING 1
+#endif
+#endif
+#ifdef OFFLOAD_OPT_HAVE_IO_URING
+#include <linux/io_uring.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -37,6 +40,31 @@ namespace {
 
 // The kernel's limit of IORING_MAX_ENTRIES.
 constexpr unsigned kMaxEntries = 32768;
+
+// From here to kUpdateBuffers: the kernel's interface as of Linux 5.19, for headers that are older than the kernel that
+// runs. Kernels that lack it refuse it, which is seen at run time.
+constexpr unsigned kCoopTaskrun = 1u << 8;  // IORING_SETUP_COOP_TASKRUN
+
+struct TableRegistration {  // io_uring_rsrc_register
+  std::uint32_t slots;
+  std::uint32_t flags;
+  std::uint64_t reserved;
+  std::uint64_t data;
+  std::uint64_t tags;
+};
+constexpr std::uint32_t kSparse = 1;       // IORING_RSRC_REGISTER_SPARSE
+constexpr unsigned kRegisterFiles = 13;    // IORING_REGISTER_FILES2
+constexpr unsigned kRegisterBuffers = 15;  // IORING_REGISTER_BUFFERS2
+
+struct TableUpdate {  // io_uring_rsrc_update2
+  std::uint32_t first_slot;
+  std::uint32_t reserved;
+  std::uint64_t data;
+  std::uint64_t tags;
+  std::uint32_t count;
+  std::uint32_t reserved2;
+};
+constexpr unsigned kUpdateBuffers = 16;  // IORING_REGISTER_BUFFERS_UPDATE
 
 int io_uring_setup(unsigned entries, io_uring_params* params) {
   return static_cast<int>(::syscall(__NR_io_uring_setup, entries, params));
@@ -92,9 +120,9 @@ void store_release(unsigned* at, unsigned value) { std::atomic_ref(*at).store(va
 
 // An empty table of `count` slots for buffers or files. False where the kernel (before Linux 5.19) has none.
 bool register_table(int ring, unsigned opcode, unsigned count) {
-  io_uring_rsrc_register table{};
-  table.nr = count;
-  table.flags = IORING_RSRC_REGISTER_SPARSE;
+  TableRegistration table{};
+  table.slots = count;
+  table.flags = kSparse;
   return io_uring_register(ring, opcode, &table, sizeof table) >= 0;
 }
 
@@ -103,12 +131,10 @@ bool register_table(int ring, unsigned opcode, unsigned count) {
 class RegisteredBuffers final : public MemoryRegion::Registrar, public std::enable_shared_from_this<RegisteredBuffers> {
  public:
   explicit RegisteredBuffers(int ring) : ring_(ring) {
-    if (!register_table(ring, IORING_REGISTER_BUFFERS2, kSlots)) return;
+    if (!register_table(ring, kRegisterBuffers, kSlots)) return;
     for (unsigned slot = kSlots; slot > 0; --slot) free_.push_back(slot - 1);
     works_ = true;
   }
-
-  bool works() const { return works_; }
 
   // The slot that holds the request's memory, or -1.
   int slot_of(const IoRequest& request) {
@@ -142,9 +168,10 @@ class RegisteredBuffers final : public MemoryRegion::Registrar, public std::enab
     regions_.erase(found);
   }
 
-  // The ring is about to be closed.
+  // The ring is about to be closed. Not only by that: a forked child has it open, too, and would keep the memory.
   void stop() {
     std::lock_guard lock(mutex_);
+    if (works_) io_uring_register(ring_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
     ring_ = -1;
   }
 
@@ -170,11 +197,11 @@ class RegisteredBuffers final : public MemoryRegion::Registrar, public std::enab
   }
 
   bool update(unsigned slot, const iovec& memory) {
-    io_uring_rsrc_update2 change{};
-    change.offset = slot;
+    TableUpdate change{};
+    change.first_slot = slot;
     change.data = reinterpret_cast<std::uint64_t>(&memory);
-    change.nr = 1;
-    return io_uring_register(ring_, IORING_REGISTER_BUFFERS_UPDATE, &change, sizeof change) == 1;
+    change.count = 1;
+    return io_uring_register(ring_, kUpdateBuffers, &change, sizeof change) == 1;
   }
 
   bool works_ = false;
@@ -188,9 +215,7 @@ class RegisteredBuffers final : public MemoryRegion::Registrar, public std::enab
 // flight: a registered file stays open for the kernel, so its space is not freed when it is deleted.
 class RegisteredFiles {
  public:
-  explicit RegisteredFiles(int ring) : ring_(ring), works_(register_table(ring, IORING_REGISTER_FILES2, kSlots)) {}
-
-  bool works() const { return works_; }
+  explicit RegisteredFiles(int ring) : ring_(ring), works_(register_table(ring, kRegisterFiles, kSlots)) {}
 
   // The slot that holds the request's file, or -1.
   int slot_of(const IoRequest& request) {
@@ -237,7 +262,7 @@ class RegisteredFiles {
 
   void drop(Known& known) {
     if (known.registered) update(known, -1);
-    known = {0, 0, known.last_use, false};
+    known = {};
   }
 
   bool update(const Known& known, int fd) {
@@ -257,7 +282,7 @@ class IoUringEngine final : public IoEngine {
  public:
   explicit IoUringEngine(unsigned depth) : depth_(std::min(depth, kMaxEntries)) {
     io_uring_params params{};
-    params.flags = IORING_SETUP_COOP_TASKRUN;  // completions need no interrupt of the running thread; since Linux 5.19
+    params.flags = kCoopTaskrun;  // completions need no interrupt of the running thread; since Linux 5.19
     ring_.fd = io_uring_setup(depth_, &params);
     if (ring_.fd < 0 && errno == EINVAL) {
       params = io_uring_params{};
@@ -316,7 +341,7 @@ class IoUringEngine final : public IoEngine {
     return count;
   }
 
-  EngineCapabilities capabilities() const override { return {depth_, true, buffers_->works() && files_->works()}; }
+  EngineCapabilities capabilities() const override { return {depth_}; }
 
  private:
   void fill(io_uring_sqe& sqe, const IoRequest& request) {
@@ -366,7 +391,7 @@ class IoUringEngine final : public IoEngine {
   const unsigned depth_;
   unsigned in_flight_ = 0;  // taken and not yet reaped
   unsigned queued_ = 0;     // in the submission ring, not yet taken by the kernel
-  Descriptor ring_;         // closed last: the kernel then waits for what is in flight
+  Descriptor ring_;
   std::shared_ptr<RegisteredBuffers> buffers_;
   std::unique_ptr<RegisteredFiles> files_;
   Mapping sq_map_, cq_map_, sqe_map_;
@@ -407,7 +432,7 @@ std::unique_ptr<IoEngine> make(unsigned depth) { return std::make_unique<IoUring
 #else
 
 bool available(std::string& why_not) {
-  why_not = "built without io_uring (it needs the headers of Linux 5.19 or later)";
+  why_not = "built without io_uring (it needs the headers of Linux 5.6 or later)";
   return false;
 }
 

@@ -81,7 +81,11 @@ class LibaioEngine final : public IoEngine {
       if (in_kernel_ > 0) {
         const int got = io_getevents(context_, min > count ? std::min(min - count, in_kernel_) : 0,
                                      std::min(completions.size() - count, events_.size()), events_.data());
-        if (got < 0) break;  // EINTR
+        if (got < 0) {
+          // Anything but a signal should not happen, and must not keep a core busy if it does.
+          if (errno != EINTR) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          break;
+        }
         for (const io_event& event : std::span(events_).first(static_cast<std::size_t>(got))) {
           const auto slot = static_cast<unsigned>(event.data);
           completions[count++] = {tags_[slot], event.res};
@@ -97,7 +101,7 @@ class LibaioEngine final : public IoEngine {
     return count;
   }
 
-  EngineCapabilities capabilities() const override { return {depth_, true, false}; }
+  EngineCapabilities capabilities() const override { return {depth_}; }
 
  private:
   // What the kernel does not take now (EAGAIN) stays queued for the next call; a request that it refuses ends here.

@@ -67,7 +67,7 @@ class ThreadsEngine final : public IoEngine {
     return count;
   }
 
-  EngineCapabilities capabilities() const override { return {depth_, false, false}; }
+  EngineCapabilities capabilities() const override { return {depth_}; }
 
  private:
   void run() {

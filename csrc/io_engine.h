@@ -69,9 +69,7 @@ struct IoCompletion {
 };
 
 struct EngineCapabilities {
-  unsigned depth;      // requests that may be in flight at once
-  bool kernel_queued;  // requests wait in the kernel, not in threads of ours
-  bool registers;      // regions and files are registered with the kernel
+  unsigned depth;  // requests that may be in flight at once
 };
 
 class IoEngine {

@@ -32,6 +32,9 @@ namespace {
 
 std::atomic<std::uint64_t> next_number{1};
 
+// What a caller's descriptor says of the transfers by it.
+constexpr int kKept = O_ACCMODE | O_SYNC | O_DSYNC;
+
 // Opens what is open as `fd` once more: the very same file, whatever its name is by now.
 int open_again(int fd, int flags) {
   const std::string path = "/proc/self/fd/" + std::to_string(fd);
@@ -49,6 +52,10 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
   file->number_ = next_number++;
   if (!path.empty()) {
     file->path_ = path;
+    struct stat status{};  // to open a pipe may take for ever
+    if (::stat(path.c_str(), &status) == 0 && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode))) {
+      throw IoError(ESPIPE, std::strerror(ESPIPE), path);
+    }
     file->access_ = direction == Direction::kRead ? O_RDONLY : O_WRONLY | O_CREAT;
     if (O_DIRECT != 0) file->direct_fd_ = file->open_by_path(O_DIRECT);
     // Names a missing file or a missing right, if it was not O_DIRECT that was refused.
@@ -60,8 +67,8 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
     file->path_ = "<fd " + std::to_string(fd) + ">";
     const int flags = ::fcntl(fd, F_GETFL);
     if (flags < 0) throw IoError(errno, std::strerror(errno), file->path_);
-    file->access_ = flags & O_ACCMODE;
-    const bool wrong_way = file->access_ == (direction == Direction::kRead ? O_WRONLY : O_RDONLY);
+    file->access_ = flags & kKept;
+    const bool wrong_way = (flags & O_ACCMODE) == (direction == Direction::kRead ? O_WRONLY : O_RDONLY);
     if (wrong_way) throw IoError(EBADF, "the descriptor is not open in this direction", file->path_);
     if (direction == Direction::kWrite && (flags & O_APPEND) != 0) {
       throw IoError(EINVAL, "the descriptor appends: the system would ignore the offset", file->path_);
@@ -90,7 +97,7 @@ bool IoFile::is_still(const std::string& path, int fd) const {
   struct stat status{};
   if (path.empty()) {
     const int flags = ::fcntl(fd, F_GETFL);
-    if (flags < 0 || (flags & O_ACCMODE) != (access_ & O_ACCMODE) || (flags & O_APPEND) != 0) return false;
+    if (flags < 0 || (flags & kKept) != access_ || (flags & O_APPEND) != 0) return false;
     if (::fstat(fd, &status) != 0) return false;
   } else if (::stat(path.c_str(), &status) != 0) {
     return false;
@@ -111,7 +118,7 @@ int IoFile::buffered_fd() {
     std::lock_guard lock(open_mutex_);
     if (buffered_fd_ < 0) {
       // Not by its path alone, which may name another file by now.
-      int fd = open_again(direct_fd_, access_ & O_ACCMODE);
+      int fd = open_again(direct_fd_, access_ & ~O_CREAT);
       if (fd < 0 && errno == ENOENT && is_still(path_, -1)) fd = open_by_path(0);  // no /proc here
       if (fd < 0) throw IoError(errno, std::string("opening it a second time: ") + std::strerror(errno), path_);
       buffered_fd_ = fd;
@@ -168,13 +175,15 @@ std::uint64_t IoFile::size() const {
 std::shared_ptr<IoFile> OpenFiles::open(const std::string& path, int fd, Direction direction) {
   const std::string name = path.empty() ? std::to_string(fd) : ":" + path;
   const std::string key = (direction == Direction::kRead ? "r" : "w") + name;
+  std::shared_ptr<IoFile> file;
   {
     std::lock_guard lock(mutex_);
     const auto found = files_.find(key);
-    const auto file = found == files_.end() ? nullptr : found->second.lock();
-    if (file && file->is_still(path, fd)) return file;
+    if (found != files_.end()) file = found->second.lock();
   }
-  auto file = IoFile::open(path, fd, direction);
+  // Not under the lock: a file system that is stuck must not hold up the others.
+  if (file && file->is_still(path, fd)) return file;
+  file = IoFile::open(path, fd, direction);
   std::lock_guard lock(mutex_);
   if (files_.size() >= purge_at_) {
     std::erase_if(files_, [](const auto& entry) { return entry.second.expired(); });
@@ -207,11 +216,12 @@ std::uint64_t direct_io(const std::string& folder, std::string& why_not) {
   std::memset(block.get(), 0, granule);
   if (!file->direct_allowed(block.get(), 0)) {
     why_not = "the file system opens files with O_DIRECT, and then has no direct I/O for them";
-  } else if (::pwrite(file->direct_fd(), block.get(), granule, 0) != static_cast<ssize_t>(granule)) {
-    why_not = std::string("writing with O_DIRECT: ") + std::strerror(errno);
-    if (errno == ENOSPC) throw IoError(ENOSPC, std::strerror(ENOSPC), folder);
-  } else {
+  } else if (::pwrite(file->direct_fd(), block.get(), granule, 0) >= 0) {
     return granule;
+  } else if (errno == ENOSPC) {
+    throw IoError(ENOSPC, std::strerror(ENOSPC), folder);
+  } else {
+    why_not = std::string("writing with O_DIRECT: ") + std::strerror(errno);
   }
   return 0;
 }

@@ -48,8 +48,9 @@ class IoFile {
   // Gives direct I/O up for this file: it was refused although it could be opened.
   void forbid_direct() { direct_forbidden_ = true; }
 
-  // Whether [data, data + length) may go to `offset` past the page cache. Regions that go direct and regions that go
-  // through the page cache never share a page or a block: a dirty page would overwrite what direct I/O wrote beside it.
+  // Whether what begins at `data` may go to `offset` past the page cache, as far as it is whole granules. Regions that
+  // go direct and regions that go through the page cache never share a page or a block: a dirty page would overwrite
+  // what direct I/O wrote beside it.
   bool direct_allowed(const void* data, std::uint64_t offset) const {
     return direct_fd_ >= 0 && !direct_forbidden_ && offset % granule_ == 0 &&
            reinterpret_cast<std::uintptr_t>(data) % memory_alignment_ == 0;
@@ -71,7 +72,8 @@ class IoFile {
   void identify();  // throws for a pipe, a socket or a folder
 
   std::string path_;  // for messages; "<fd 7>" for a descriptor
-  int access_ = 0;    // O_RDONLY, O_WRONLY or O_RDWR, for a path to write O_CREAT too
+  // O_RDONLY, O_WRONLY or O_RDWR; with it O_CREAT for a path to write, or the O_SYNC or O_DSYNC of a descriptor.
+  int access_ = 0;
   std::uint64_t number_ = 0;
   Identity identity_{};
   dev_t device_ = 0;
@@ -96,7 +98,7 @@ class OpenFiles {
   std::size_t purge_at_ = 64;
 };
 
-// Whether files in `folder` can be read and written past the page cache, by trying it on a temporary file: the
+// Whether files in `folder` can be written past the page cache, by trying it on a temporary file: the
 // granule in bytes, or 0 and the reason why not. Throws IoError where no file can be made there.
 std::uint64_t direct_io(const std::string& folder, std::string& why_not);
 

@@ -81,28 +81,6 @@ void* map_on_huge_pages(std::size_t size) {
 
 }  // namespace
 
-MemoryRegion::MemoryRegion(void* region_data, std::size_t region_size)
-    : data(region_data), size(region_size), owner_(::getpid()) {}
-
-bool MemoryRegion::foreign() const { return ::getpid() != owner_; }
-
-void MemoryRegion::end() {
-  if (foreign()) return;
-  std::vector<std::weak_ptr<Registrar>> registrars;
-  {
-    std::lock_guard lock(mutex_);
-    registrars.swap(registrars_);
-  }
-  for (const auto& registrar : registrars) {
-    if (const auto alive = registrar.lock()) alive->forget(*this);
-  }
-}
-
-void MemoryRegion::tell_at_end(std::weak_ptr<Registrar> registrar) const {
-  std::lock_guard lock(mutex_);
-  registrars_.push_back(std::move(registrar));
-}
-
 LockedMemory::LockedMemory(std::size_t size) : size_((size + page_size() - 1) / page_size() * page_size()) {
   data_ = size_ < kHugePage ? map(size_) : map_on_huge_pages(size_);
   if (data_ == MAP_FAILED) {

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from . import _C
-from .config import ENGINES, AioConfig
+from .config import ENGINES, LIMITS, AioConfig
 from .errors import ConfigError, OffloadWarning
 
 logger = logging.getLogger("offload_opt")
@@ -89,8 +89,8 @@ class AioHandle:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("block_size", block_size), ("queue_depth", queue_depth), ("num_threads", num_threads)):
-            if value < 1:
-                raise ConfigError(f"{name} must be positive, not {value}")
+            if not 1 <= value <= LIMITS[name]:
+                raise ConfigError(f"{name} must lie in 1..{LIMITS[name]}, not {value}")
         self._settings = (block_size, queue_depth, bool(single_submit), bool(overlap_events), num_threads)
         self.engine, self._handle = _make_handle(self._settings, registered, engine, folder)
         _open_handles.add(self)
@@ -136,7 +136,10 @@ class AioHandle:
         return self.get_thread_count()
 
     def get_alignment(self) -> int:
-        """Bytes. Transfers whose buffer, offset and size are multiples of it go past the page cache whole."""
+        """Bytes. Transfers whose buffer, offset and size are multiples of it go past the page cache whole.
+
+        Some file systems want more, such as their block's size: ``direct_io`` says how much in a folder.
+        """
         return _C.page_size()
 
     # Blocking transfers on the caller's thread.
@@ -240,7 +243,7 @@ class AioHandle:
         if tensor.device.type != "cpu":
             return False
         begin, size = tensor.data_ptr(), tensor.nbytes
-        if any(start <= begin and begin + size <= start + length for start, length in list(_locked.items())):
+        if any(start <= begin and begin + size <= start + length for start, length in _locked.copy().items()):
             return size > 0
         return torch.cuda.is_available() and tensor.is_pinned()
 
@@ -334,7 +337,10 @@ def _make_handle(
 
 
 def _is_direct(folder: str | os.PathLike[str]) -> tuple[bool, str]:
-    alignment, why_not = direct_io(folder)
+    try:
+        alignment, why_not = direct_io(folder)
+    except OSError as error:
+        alignment, why_not = 0, str(error)
     return bool(alignment), f"it is asynchronous with direct I/O only, and {os.fspath(folder)} has none: {why_not}"
 
 

@@ -31,16 +31,13 @@ from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .config import ENGINES, AioConfig, format_bytes, parse_bytes
 from .doctor import Finding, describe, examine_folder, examine_machine
 from .errors import ConfigError, OffloadError
-from .tuning import save_tuned, tune
+from .tuning import Tuned, save_tuned, tune
 
 _WIDEST = 110  # columns: beyond, the eye does not find the next line
 _DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_COMPARED_ON = 256 << 20  # bytes: tune() needs room for as much
 _WRITING = 0.15  # the part of a measurement's time in which its files are written
-_CHECKING = 0.25  # the part of tune's time that goes to measuring what was found against the defaults
 _NOISE = 0.25
-_GAIN = 1.03  # times the defaults' bandwidth: what is less is not worth a change
 
 Rates = dict[tuple[AioConfig, Direction], list[float]]
 """Bytes per second of each repeat."""
@@ -103,28 +100,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    default = AioConfig()
     with _progress() as advance:
-        searching = 1 - _CHECKING
-        found = tune(args.path, seconds=searching * args.seconds, progress=lambda done, t: advance(searching * done, t))
-        configs = list(dict.fromkeys([default, found.aio]))
-        rates = _compare(
-            args.path,
-            configs,
-            _COMPARED_ON,
-            _CHECKING * args.seconds,
-            3,
-            lambda done, text: advance(searching + _CHECKING * done, text),
-        )
+        found, default = tune(args.path, seconds=args.seconds, progress=advance)
     console = _console()
-    _print_tuned(console, args.path, configs, rates)
-    if found.aio == default:
+    _print_tuned(console, args.path, found, default)
+    if found.aio == default.aio:
         console.print("Nothing else that was tried is faster by 3 % or more.")
-    elif _median(rates, found.aio, "mixed") < _GAIN * _median(rates, default, "mixed"):
-        # The best of many measurements is often only the luckiest.
-        console.print("Measured against each other again, the defaults are as fast: they stay.")
-        read, write, mixed = (_median(rates, default, direction) for direction in _DIRECTIONS)
-        found = dataclasses.replace(found, aio=default, read=read, write=write, mixed=mixed)
     if args.dry_run:
         console.print("Not saved: --dry-run.")
         return 0
@@ -243,24 +224,23 @@ def _bench_content(args: argparse.Namespace, configs: Sequence[AioConfig], rates
     return {"offload_opt": version("offload_opt"), "path": str(args.path), "size": args.size, "results": results}
 
 
-def _print_tuned(console: Console, folder: Path, configs: Sequence[AioConfig], rates: Rates) -> None:
+def _print_tuned(console: Console, folder: Path, found: Tuned, default: Tuned) -> None:
     """The defaults, and beside them what was found, where it is something else."""
     table = Table(title=f"I/O settings for {escape(str(folder))}")
-    default, found = configs[0], configs[-1]
     table.add_column()
-    for name in ("default",) if found == default else ("default", "found", ""):
+    for name in ("default",) if found.aio == default.aio else ("default", "found", ""):
         table.add_column(name, justify="right")
 
     def row(name: str, of_default: str, of_found: str, change: str) -> None:
         table.add_row(*[name, of_default, of_found, change][: len(table.columns)])
 
     for field in dataclasses.fields(AioConfig):
-        values = [getattr(aio, field.name) for aio in (default, found)]
+        values = [getattr(tuned.aio, field.name) for tuned in (default, found)]
         shown = [format_bytes(value) if field.name == "block_size" else str(value) for value in values]
         row(field.name, shown[0], shown[1], "" if values[0] == values[1] else "changed")
     table.add_section()
     for direction in _DIRECTIONS:
-        before, after = (_median(rates, aio, direction) for aio in (default, found))
+        before, after = (getattr(tuned, direction) for tuned in (default, found))
         change = f"{100 * (after / before - 1):+.0f} %"
         row(direction, f"{before / 1e9:.2f} GB/s", f"{after / 1e9:.2f} GB/s", change)
     console.print(table)

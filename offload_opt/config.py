@@ -14,6 +14,9 @@ from .errors import ConfigError
 ENGINES = ("auto", "io_uring", "libaio", "threads")
 """Names that ``AioConfig.engine`` and ``AioHandle(engine=...)`` take."""
 
+LIMITS = {"block_size": 1 << 30, "queue_depth": 1 << 12, "num_threads": 1 << 8}
+"""The most that a handle takes of each."""
+
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}B"] = 1000**_power
@@ -70,6 +73,9 @@ class AioConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"aio.{name} must be a positive integer, not {value!r}")
+        for name, most in LIMITS.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"aio.{name} must be at most {most}, not {getattr(self, name)}")
         if self.engine not in ENGINES:
             raise ConfigError(f"aio.engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
 
@@ -115,7 +121,7 @@ class OffloadConfig:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"unknown option {name!r}{hint} The options are: {', '.join(known)}")
+                raise ConfigError(f"unknown option {name!r}{hint or '.'} The options are: {', '.join(known)}")
         return cls(path=path, **fields)
 
 

@@ -111,8 +111,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Args:
             optimizer_class: The class; subclasses that inherit its ``step`` are meant too.
             paging: ``"elementwise"`` where each element is updated by itself (as in Adam), so that a large parameter
-            may be
-                spread over several units; ``"whole"`` where the update looks at the whole parameter (as in Muon).
+                may be spread over several units; ``"whole"`` where the update looks at all of it (as in Muon).
         """
         if paging.upper() not in Paging.__members__:
             raise ConfigError(f"paging must be 'elementwise' or 'whole', not {paging!r}")

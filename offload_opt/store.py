@@ -110,8 +110,22 @@ def check_space(folders: Sequence[Path], nbytes: int) -> None:
         shown = paths if len(paths) > 1 else repr(paths[0])
         raise ConfigError(
             f"path {shown} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
-            f"{format_bytes(free)} are free"
+            f"{format_bytes(free)} are free{_other_state(folders)}"
         )
+
+
+def _other_state(folders: Sequence[Path]) -> str:
+    """What takes space beside the store's folders: state of runs with another number of ranks, of other ranks too."""
+    sizes = {}
+    for folder in folders:
+        for other in sorted(folder.parent.glob("rank-*-of-*")):
+            size = sum(file.stat().st_blocks * 512 for file in (other / "units").glob(_UNIT_FILES))
+            if size and other != folder:
+                sizes[other] = size
+    if not sizes:
+        return ""
+    listed = ", ".join(f"{format_bytes(size)} in {other}" for other, size in sizes.items())
+    return f"; other ranks or earlier runs have {listed}, which can be deleted if no run uses it"
 
 
 def free_bytes(folder: Path) -> int:
@@ -207,7 +221,10 @@ class SwapStore:
         nbytes = len(header) + unit.nbytes
         free = [free_bytes(folder) for folder in self.folders]
         full: OSError | None = None
-        while (index := least_loaded(nbytes, self._assigned, self._bandwidths, free)) is not None:
+        for _ in self.folders:  # each attempt that fails rules a folder out
+            index = least_loaded(nbytes, self._assigned, self._bandwidths, free)
+            if index is None:
+                break
             path = self.folders[index] / "units" / name
             try:
                 _write_header(path, header, nbytes)

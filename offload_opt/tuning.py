@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -18,9 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from .aio import engines
+from .aio import AioHandle, engines
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
-from .bandwidth import measure as measure
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
 from .store import check_folder, free_bytes
@@ -40,6 +40,7 @@ _ROUNDS = 3
 _LONGEST_RUN = 1.0  # seconds
 _GAIN_WORTH_A_CHANGE = 0.03
 
+_DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
 _BLOCKS = [256 << 10, 1 << 20, 4 << 20, 16 << 20]
 _DEPTHS = [8, 16, 32, 64, 128]
 _THREADS = [1, 2, 4]
@@ -60,7 +61,7 @@ class Tuned:
 
 def tune(
     folder: str | os.PathLike[str], *, seconds: float = 40.0, progress: Callable[[float, str], None] | None = None
-) -> Tuned:
+) -> tuple[Tuned, Tuned]:
     """Search the settings with which a folder reads and writes fastest at once.
 
     One setting is searched after the other: engine and block size, queue depth, threads. The candidates of a stage are
@@ -71,6 +72,9 @@ def tune(
         folder: An existing folder with 256 MiB of free space or more; up to 1 GiB of temporary files are made in it.
         seconds: The time that it takes in all.
         progress: Called with the part that is done, 0 to 1, and what is being measured.
+
+    Returns:
+        What was found, and the defaults as measured in turns with it; the same twice where the defaults stay.
 
     Raises:
         ConfigError: No files can be made in the folder, or they do not fit. OSError: a transfer failed.
@@ -98,26 +102,33 @@ class _Search:
         """Remove the files."""
         self._files.close()
 
-    def run(self) -> Tuned:
-        """All stages, and then the bandwidths of the winner."""
-        best = AioConfig()
+    def run(self) -> tuple[Tuned, Tuned]:
+        """All stages; then the winner and the defaults, in all directions."""
+        default = best = AioConfig()
         grid = [dataclasses.replace(best, engine=e, block_size=b) for e in _engine_names() for b in _BLOCKS]
-        best = self._stage("engine and block size", [best, *grid], until=0.5)
+        best = self._stage("engine and block size", [best, *grid], until=0.45)
         block = cast(int, best.block_size)
         near = [size for size in (block // 2, block * 2) if _BLOCKS[0] <= size <= _BLOCKS[-1]]
         finer = [best, *(dataclasses.replace(best, block_size=size) for size in near)]
-        best = self._stage("block size", finer, until=0.58)
+        best = self._stage("block size", finer, until=0.53)
         depths = [best, *(dataclasses.replace(best, queue_depth=depth) for depth in _DEPTHS)]
-        best = self._stage("queue depth", depths, until=0.7)
+        best = self._stage("queue depth", depths, until=0.65)
         threads = [best, *(dataclasses.replace(best, num_threads=count) for count in _THREADS)]
-        best = self._stage("threads", threads, until=0.8)
-        if best != AioConfig():  # of many candidates on a busy machine, the winner may owe it to chance
-            best = self._stage("against the defaults", [AioConfig(), best], until=0.9)
-        directions: list[Direction] = ["read", "write", "mixed"]
-        found = self._measure([(best, direction) for direction in directions], "bandwidths", until=1.0, least=3)
-        read, write, mixed = (statistics.median(found[best, direction]) for direction in directions)
+        best = self._stage("threads", threads, until=0.75)
+        # Of many candidates on a busy machine, the winner may owe it to chance.
+        last = [(aio, direction) for direction in _DIRECTIONS for aio in dict.fromkeys([default, best])]
+        found = self._measure(last, "the find beside the defaults", until=1.0, least=len(last))
+        mixed = {aio: statistics.median(rates) for (aio, direction), rates in found.items() if direction == "mixed"}
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self._progress(1.0, "done")
-        return Tuned(best, read, write, mixed, datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
+        results = []
+        for aio in (simplest_of_the_best(mixed), default):
+            read, write, both = (statistics.median(found[aio, direction]) for direction in _DIRECTIONS)
+            if aio != default and aio.engine == "auto" and "OFFLOAD_OPT_ENGINE" in os.environ:
+                # Found for that engine alone, so not for what "auto" takes in another environment.
+                aio = dataclasses.replace(aio, engine=os.environ["OFFLOAD_OPT_ENGINE"])
+            results.append(Tuned(aio, read, write, both, now))
+        return results[0], results[1]
 
     def _stage(self, text: str, candidates: Iterable[AioConfig], until: float) -> AioConfig:
         found = self._measure([(aio, "mixed") for aio in dict.fromkeys(candidates)], text, until)
@@ -193,10 +204,11 @@ def save_tuned(folder: str | os.PathLike[str], tuned: Tuned) -> Path:
         "date": tuned.date,
     }
     path = Path(folder) / TUNED_FILE
-    fd, name = tempfile.mkstemp(prefix=f".{TUNED_FILE}.", dir=folder)  # mode 0600
+    fd, name = tempfile.mkstemp(prefix=f".{TUNED_FILE}.", dir=folder)
     temporary = Path(name)
     try:
         with os.fdopen(fd, "w") as file:
+            os.fchmod(file.fileno(), 0o644)  # others may use the folder, too
             file.write(json.dumps(content, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -213,11 +225,18 @@ def save_tuned(folder: str | os.PathLike[str], tuned: Tuned) -> Path:
 
 
 def load_tuned(folder: str | os.PathLike[str]) -> Tuned | None:
-    """What ``save_tuned`` kept in the folder, or None. Raises ConfigError where the file is not what it wrote."""
+    """What ``save_tuned`` kept in the folder; None, with a warning in the log, where we may not read it.
+
+    Raises:
+        ConfigError: The file is not what ``save_tuned`` wrote.
+    """
     path = Path(folder) / TUNED_FILE
     try:
         content = _read_small_file(path)
         return None if content is None else _parse(json.loads(content))
+    except PermissionError as error:
+        logger.warning("the settings in %s are not used: %s", path, error)
+        return None
     except (OSError, ValueError, RecursionError) as error:  # ConfigError is a ValueError
         raise ConfigError(
             f"{path} cannot be used: {error}. Run `offload-opt tune` on the folder again, or delete the file"
@@ -227,7 +246,8 @@ def load_tuned(folder: str | os.PathLike[str]) -> Tuned | None:
 def settings_for(folder: str | os.PathLike[str]) -> AioConfig:
     """The settings to use for a folder: those found for it, or else the defaults. Raises as ``load_tuned`` does.
 
-    An engine that does not work here any more gives way to ``"auto"``, and any to the environment's OFFLOAD_OPT_ENGINE.
+    An engine that does not work here any more gives way to ``"auto"``, and any to the environment's OFFLOAD_OPT_ENGINE;
+    settings that pass a limit of this machine give way to the defaults.
     """
     tuned = load_tuned(folder)
     if tuned is None:
@@ -235,23 +255,22 @@ def settings_for(folder: str | os.PathLike[str]) -> AioConfig:
     aio = tuned.aio
     if "OFFLOAD_OPT_ENGINE" in os.environ or aio.engine not in _working_engines():
         aio = dataclasses.replace(aio, engine="auto")
-    logger.info(
-        "%s of %s: blocks of %s, queue depth %d, %d threads, engine %s",
-        Path(folder) / TUNED_FILE,
-        tuned.date,
-        format_bytes(cast(int, aio.block_size)),
-        aio.queue_depth,
-        aio.num_threads,
-        aio.engine,
-    )
+    path = Path(folder) / TUNED_FILE
+    try:
+        AioHandle.from_config(aio, folder).close()
+    except (ConfigError, OSError) as error:
+        logger.warning("the settings in %s do not work any more, so the defaults are used: %s", path, error)
+        return AioConfig()
+    shown = f"blocks of {format_bytes(cast(int, aio.block_size))}, queue depth {aio.queue_depth}"
+    logger.info("%s of %s: %s, %d threads, engine %s", path, tuned.date, shown, aio.num_threads, aio.engine)
     return aio
 
 
 def bandwidths_of(folders: Sequence[Path], aio: AioConfig, memory: int) -> list[float]:
     """Bandwidths of folders that are used at once, by which to spread units over them; all 1 where they are alike.
 
-    They are those that `offload-opt tune` found, where it found them for all; else they are measured, in about a
-    quarter of a second for each folder. Folders on one device share what it has.
+    They are those that `offload-opt tune` found, where it found them for all; else they are measured, in about half a
+    second for each folder. Folders on one device share what it has.
 
     Args:
         folders: Existing folders.
@@ -269,9 +288,17 @@ def bandwidths_of(folders: Sequence[Path], aio: AioConfig, memory: int) -> list[
     if len(sharing) == 1:
         return [1.0] * len(folders)
     nbytes = max(min(memory // len(folders), _WEIGHED_ON), LEAST_MEASURED)
-    roomy = [f for f, device in zip(folders, devices, strict=True) if free_bytes(f) > 2 * nbytes * sharing[device]]
-    rates = dict(zip(roomy, measure(roomy, aio, direction="mixed", nbytes=nbytes, seconds=0.25), strict=True))
-    slowest = min(rates.values(), default=1.0)  # what has no room to be measured has hardly any for units
+    rates: dict[Path, float] = {}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for folder in folders:
+            try:
+                files[folder] = stack.enter_context(ScratchFiles(folder, nbytes, 0.25))
+            except ConfigError as error:  # full, or over a quota
+                logger.warning("not measured, and taken to be as fast as the slowest of the others: %s", error)
+        if files:
+            rates = dict(zip(files, run(list(files.values()), aio, "mixed", 0.25), strict=True))
+    slowest = min(rates.values(), default=1.0)
     total: dict[int, float] = defaultdict(float)
     for folder, device in zip(folders, devices, strict=True):
         total[device] += rates.get(folder, slowest)
@@ -302,11 +329,8 @@ def _parse(content: Any) -> Tuned:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 1 <= rate < 1e15:
             raise ValueError(f"bytes_per_second.{name} must be a number from 1 to 1e15, not {rate!r:.40}")
     read, write, mixed = (float(rates[name]) for name in ("read", "write", "mixed"))
-    return Tuned(_parse_settings(_entry(content, "settings", dict)), read, write, mixed, _entry(content, "date", str))
-
-
-# What a file may ask for: above that, a process takes memory and threads for nothing.
-_MOST = {"block_size": 1 << 30, "queue_depth": 1 << 12, "num_threads": 1 << 8}
+    date = datetime.datetime.fromisoformat(_entry(content, "date", str)).isoformat()
+    return Tuned(_parse_settings(_entry(content, "settings", dict)), read, write, mixed, date)
 
 
 def _parse_settings(settings: dict[str, Any]) -> AioConfig:
@@ -316,8 +340,6 @@ def _parse_settings(settings: dict[str, Any]) -> AioConfig:
             raise ValueError(f"unknown setting {name!r:.40}")
         if type(value) is not type(defaults[name]):
             raise ValueError(f"{name} must be of type {type(defaults[name]).__name__}, not {value!r:.40}")
-        if name in _MOST and value > _MOST[name]:
-            raise ValueError(f"{name} must be at most {_MOST[name]}, not {value!r:.40}")
     return AioConfig(**settings)
 
 

@@ -33,9 +33,9 @@ __all__ = ["aio_handle", "aio_read", "aio_write", "deepspeed_memcpy", "install"]
 class aio_handle:
     """DeepSpeed's ``aio_handle``: transfers between tensors and files.
 
-    A tensor on another device, or one that is not contiguous, moves through host memory. Until ``wait()`` a tensor that
-    is being written must not change, and one that is being read has no defined contents; it may be dropped. Methods may
-    be called from several threads; as in DeepSpeed, one that waits keeps the others waiting.
+    A tensor on another device, or one that is not contiguous, moves through host memory. Until ``wait()`` a page-locked
+    tensor that is being written must not change, and a tensor that is being read has no defined contents; both may be
+    dropped. Methods may be called from several threads; as in DeepSpeed, one that waits keeps the others waiting.
 
     Args:
         block_size: Bytes of one request to the device.
@@ -114,9 +114,16 @@ class aio_handle:
     def pwrite(
         self, buffer: torch.Tensor, filename: str | int, validate: bool, async_op: bool, file_offset: int = 0
     ) -> int:
-        """Write ``buffer`` to the file. Returns 0 at once with ``async_op``, else what ``wait()`` does."""
+        """Write ``buffer`` to the file. Returns 0 at once with ``async_op``, else what ``wait()`` does.
+
+        With ``async_op``, what is not page-locked is copied first, as in DeepSpeed: it may change at once.
+        """
         with self._lock:
-            self._handle.pwrite(_host_copy(buffer), filename, validate, True, file_offset)
+            host = _host_copy(buffer)
+            is_the_same = host.data_ptr() == buffer.data_ptr()
+            if async_op and is_the_same and not self._handle.is_pinned(host):
+                host = host.clone()
+            self._handle.pwrite(host, filename, validate, True, file_offset)
             return 0 if async_op else self.wait()
 
     def sync_pread(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:

@@ -174,6 +174,15 @@ def test_locked_memory_is_known_to_all_handles(handle: aio_handle) -> None:
 # Buffers that files cannot be read into.
 
 
+def test_what_is_not_locked_may_change_once_its_write_has_started(handle: aio_handle, tmp_path: Path) -> None:
+    data = torch.full((8 << 20,), 1, dtype=torch.uint8)
+    for number in range(4):
+        handle.async_pwrite(data, str(tmp_path / str(number)))
+    data.zero_()
+    assert handle.wait() == 4
+    assert {byte for number in range(4) for byte in set((tmp_path / str(number)).read_bytes())} == {1}
+
+
 def test_strided_buffers_move_through_host_memory(handle: aio_handle, tmp_path: Path) -> None:
     file = str(tmp_path / "file")
     data = torch.randn(40, 30)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from offload_opt import AioConfig, AioHandle, ConfigError, OffloadOptimizer, StoreError
+from offload_opt.bandwidth import ScratchFiles
 from offload_opt.tuning import TUNED_FILE, Tuned, save_tuned
 from tests.conftest import seed
 from tests.optim.support import SHAPES, SHAPES_OF_ALL_KINDS, Pair, adam, assert_same_state, bits_equal, parameters
@@ -92,7 +93,7 @@ def test_folders_of_one_device_share_evenly(two: list[Path], monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("there is nothing to measure")
 
-    monkeypatch.setattr("offload_opt.tuning.measure", fail)
+    monkeypatch.setattr("offload_opt.tuning.run", fail)
     pair = Pair(adam, two, SHAPES, unit_size=UNIT_SIZE)
     pair.step()
     assert_in_proportion(two, [1, 1])
@@ -101,16 +102,28 @@ def test_folders_of_one_device_share_evenly(two: list[Path], monkeypatch: pytest
 def test_folders_that_nothing_is_known_of_are_measured(
     two: list[Path], disk_and_memory: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def made_up(folders: Sequence[Path], aio: AioConfig, **_: Any) -> list[float]:
-        assert list(folders) == [*two, disk_and_memory[1]]
+    def made_up(files: Sequence[ScratchFiles], aio: AioConfig, direction: str, seconds: float) -> list[float]:
+        assert [each.folder for each in files] == [*two, disk_and_memory[1]]
         return [1.2e9, 0.8e9, 3e9]
 
-    monkeypatch.setattr("offload_opt.tuning.measure", made_up)
+    monkeypatch.setattr("offload_opt.tuning.run", made_up)
     folders = [*two, disk_and_memory[1]]
     save_tuned(two[0], tuned(9e9))  # of one folder only: not to be compared with what is measured now
     pair = Pair(adam, folders, SHAPES, unit_size=UNIT_SIZE)
     pair.step()
     assert_in_proportion(folders, [1, 1, 3])
+
+
+def test_a_folder_that_has_no_room_to_be_measured(
+    tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (small_disk / "full").write_bytes(bytes((os.statvfs(small_disk).f_bavail - 20) * os.statvfs(small_disk).f_frsize))
+    pair = Pair(adam, [small_disk, tmp_path], SHAPES, unit_size=UNIT_SIZE)
+    assert f"path {str(small_disk)!r} is too small" in caplog.text
+    pair.step()
+    pair.step()
+    pair.check()
+    assert unit_files(tmp_path)
 
 
 def test_a_folder_that_is_too_small_for_its_share_gets_less(tmp_path: Path, small_disk: Path) -> None:
@@ -123,6 +136,14 @@ def test_a_folder_that_is_too_small_for_its_share_gets_less(tmp_path: Path, smal
     pair.check()
     assert data_bytes(small_disk) > 700 << 10
     assert data_bytes(small_disk) + data_bytes(tmp_path) >= 4_000_000
+
+
+def test_what_takes_the_space_is_named(small_disk: Path) -> None:
+    other = small_disk / "rank-00003-of-00004" / "units"
+    other.mkdir(parents=True)
+    (other / "unit-00000.0.safetensors").write_bytes(bytes(600 << 10))
+    with pytest.raises(ConfigError, match=r"are free; other ranks or earlier runs have 600\.0 KiB in .*00003-of-00004"):
+        OffloadOptimizer(adam(parameters(100_000)), small_disk, host_memory="2MiB")
 
 
 def test_state_comes_and_goes_in_all_folders(two: list[Path]) -> None:
@@ -229,7 +250,7 @@ def test_the_settings_of_the_first_folder_are_used(
     with caplog.at_level(logging.INFO, logger="offload_opt"):
         for path in (two[0], two):
             OffloadOptimizer(adam(parameters()), path).close()
-    assert settings_used == [found.aio] * 2
+    assert set(settings_used) == {found.aio}
     lines = [line for line in caplog.messages if TUNED_FILE in line]
     assert len(lines) == 2
     assert "blocks of 2.0 MiB, queue depth 7" in lines[0]

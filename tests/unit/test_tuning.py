@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -20,11 +21,11 @@ from hypothesis import strategies as st
 
 from offload_opt import AioConfig, AioHandle, ConfigError
 from offload_opt.aio import engines
+from offload_opt.bandwidth import measure
 from offload_opt.tuning import (
     TUNED_FILE,
     Tuned,
     load_tuned,
-    measure,
     save_tuned,
     settings_for,
     simplest_of_the_best,
@@ -89,15 +90,16 @@ def test_a_failed_transfer_leaves_no_files(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_search_tells_what_it_does_and_leaves_no_files(tmp_path: Path) -> None:
     told: list[tuple[float, str]] = []
-    found = tune(tmp_path, seconds=1, progress=lambda part, text: told.append((part, text)))
-    assert min(found.read, found.write, found.mixed) > 0
+    found, default = tune(tmp_path, seconds=1, progress=lambda part, text: told.append((part, text)))
+    assert min(found.read, found.write, found.mixed, default.read, default.write, default.mixed) > 0
+    assert default.aio == AioConfig()
     assert found.aio.engine in ["auto", *WORKING]
     parts = [part for part, _ in told]
     assert parts == sorted(parts)
     assert (parts[-1], told[-1][1]) == (1.0, "done")
     texts = list(dict.fromkeys(text for _, text in told))
     assert texts[:2] == ["writing the test files", "engine and block size"]
-    assert texts[-2:] == ["bandwidths", "done"]
+    assert texts[-2:] == ["the find beside the defaults", "done"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,9 +122,45 @@ def test_the_fastest_settings_are_found(tmp_path: Path, monkeypatch: pytest.Monk
         return [1e9 * 0.9**far * {"read": 3, "write": 2, "mixed": 1}[direction]]
 
     monkeypatch.setattr("offload_opt.tuning.run", made_up)
-    found = tune(tmp_path, seconds=20)  # of which little is used
+    found, default = tune(tmp_path, seconds=20)  # of which little is used
     assert found.aio == fastest
+    assert default.aio == AioConfig()
+    assert default.mixed <= found.mixed
     assert (found.read, found.write, found.mixed) == pytest.approx((3e9, 2e9, 1e9))
+
+
+def test_defaults_that_turn_out_as_fast_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lucky = AioConfig(queue_depth=64)
+    runs = 0
+
+    def made_up(drives: object, aio: AioConfig, direction: str, seconds: float) -> list[float]:
+        nonlocal runs
+        runs += direction == "mixed"
+        return [2e9 if aio == lucky and not confirming else 1e9]
+
+    confirming = False
+
+    def progress(part: float, text: str) -> None:
+        nonlocal confirming
+        confirming = text == "the find beside the defaults"
+
+    monkeypatch.setattr("offload_opt.tuning.run", made_up)
+    found, default = tune(tmp_path, seconds=20, progress=progress)
+    assert found == default
+    assert found.aio == AioConfig()
+    assert runs > 20
+
+
+def test_a_search_for_one_engine_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What suits that engine must not be taken up by another one later.
+    monkeypatch.setenv("OFFLOAD_OPT_ENGINE", "threads")
+
+    def made_up(drives: object, aio: AioConfig, direction: str, seconds: float) -> list[float]:
+        return [1e9 * aio.num_threads]
+
+    monkeypatch.setattr("offload_opt.tuning.run", made_up)
+    found, _ = tune(tmp_path, seconds=20)
+    assert (found.aio.engine, found.aio.num_threads) == ("threads", 4)
 
 
 def test_an_interrupted_search_leaves_no_files(tmp_path: Path) -> None:
@@ -188,7 +226,7 @@ def test_what_was_found_comes_back(tmp_path: Path) -> None:
         assert load_tuned(tmp_path) == tuned
         assert settings_for(tmp_path) == tuned.aio
         assert list(tmp_path.iterdir()) == [path]
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644  # others may use the folder, too
     assert json.loads(path.read_text())["kernel"] == os.uname().release
 
 
@@ -238,6 +276,7 @@ def content_of(folder: Path) -> dict[str, Any]:
         (("bytes_per_second", "mixed"), float("nan"), "bytes_per_second.mixed"),
         (("bytes_per_second", "write"), 10**400, "bytes_per_second.write"),
         (("date",), 5, "'date' is missing or malformed"),
+        (("date",), "\x1b[31mtoday", "Invalid isoformat"),
     ],
 )
 def test_a_file_with_a_bad_value_is_refused(tmp_path: Path, entry: tuple[str, ...], value: Any, problem: str) -> None:
@@ -268,6 +307,34 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("folder", "pipe"):
         with pytest.raises(ConfigError, match=TUNED_FILE):
             load_tuned(tmp_path / name)
+
+
+def test_a_file_that_we_may_not_read_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_tuned(tmp_path, FOUND)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("offload_opt.tuning.os.open", refuse)
+    assert load_tuned(tmp_path) is None
+    assert settings_for(tmp_path) == AioConfig()
+    assert str(path) in caplog.text
+
+
+def test_settings_that_pass_a_limit_of_the_machine_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_tuned(tmp_path, FOUND)
+
+    def refuse(*_: object, **__: object) -> AioHandle:
+        raise ConfigError("no I/O engine: the queue is too deep")
+
+    monkeypatch.setattr(AioHandle, "from_config", refuse)
+    assert settings_for(tmp_path) == AioConfig()
+    assert f"{path} do not work any more" in caplog.text
+    assert "the queue is too deep" in caplog.text
 
 
 JSON = st.recursive(
