@@ -27,7 +27,7 @@ void Operation::fail(IoError error) {
 
 BlockPump::BlockPump(const HandleConfig& config, std::unique_ptr<IoEngine> engine, SpanEnded span_ended)
     : config_(config), engine_(std::move(engine)), span_ended_(std::move(span_ended)) {
-  const unsigned depth = std::min(config.queue_depth, engine_->capabilities().depth);
+  const unsigned depth = engine_->capabilities().depth;
   blocks_.resize(depth);
   completions_.resize(depth);
   for (unsigned slot = depth; slot > 0; --slot) free_.push_back(slot - 1);

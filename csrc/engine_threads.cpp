@@ -22,7 +22,8 @@ constexpr unsigned kMaxThreads = 16;
 
 class ThreadsEngine final : public IoEngine {
  public:
-  explicit ThreadsEngine(unsigned depth) : depth_(depth) {
+  // A request more for each thread than it works on: it need not wait for its completion to be reaped to go on.
+  explicit ThreadsEngine(unsigned depth) : depth_(depth + std::min(depth, kMaxThreads)) {
     const unsigned count = std::min(depth, kMaxThreads);
     try {
       for (unsigned i = 0; i < count; ++i) threads_.emplace_back([this] { run(); });
@@ -88,7 +89,9 @@ class ThreadsEngine final : public IoEngine {
       const std::int64_t res = moved < 0 ? -errno : moved;
       lock.lock();
       done_.push_back({request.tag, res});
-      done_cv_.notify_one();
+      lock.unlock();
+      done_cv_.notify_one();  // not under the lock, which the thread that wakes wants
+      lock.lock();
     }
   }
 

@@ -69,7 +69,7 @@ struct IoCompletion {
 };
 
 struct EngineCapabilities {
-  unsigned depth;  // requests that may be in flight at once
+  unsigned depth;  // requests that it takes before one has to be reaped
 };
 
 class IoEngine {
@@ -93,6 +93,7 @@ class IoEngine {
 struct EngineEntry {
   const char* name;
   bool (*available)(std::string& why_not);
+  // `depth`: requests that may be at the device at once.
   std::unique_ptr<IoEngine> (*make)(unsigned depth);
 };
 
