@@ -102,13 +102,15 @@ auto without_gil(Call call) {
   return call();
 }
 
-// Calls `poll` without the GIL until it returns true; lets Python's signal handlers run in between.
+// Calls `poll` with a time to wait for until it returns true: first for no time, for what has ended already, and then
+// without the GIL. Lets Python's signal handlers run in between.
 template <typename Poll>
 void wait_interruptibly(Poll poll) {
+  if (poll(std::chrono::milliseconds(0))) return;
   while (true) {
     {
       WithoutGil release;
-      if (poll()) return;
+      if (poll(kSignalInterval)) return;
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
@@ -122,7 +124,7 @@ struct PyOperation {
 
   bool done() const { return ended(*operation); }
   std::uint64_t wait() {
-    wait_interruptibly([&] { return handle->wait_for(*operation, kSignalInterval); });
+    wait_interruptibly([&](auto time) { return handle->wait_for(*operation, time); });
     buffers->let_go_of(operation);
     return handle->result(*operation);
   }
@@ -174,7 +176,7 @@ class PyHandle {
     }
     // Ctrl-C may leave the wait below while the operation goes on.
     buffers_->keep(operation, std::move(buffer));
-    wait_interruptibly([&] { return handle_->wait_for(*operation, kSignalInterval); });
+    wait_interruptibly([&](auto time) { return handle_->wait_for(*operation, time); });
     buffers_->let_go_of(operation);
     return handle_->result(*operation);
   }
@@ -187,7 +189,7 @@ class PyHandle {
   }
 
   std::uint64_t wait() {
-    wait_interruptibly([&] { return handle_->wait_for_all(kSignalInterval); });
+    wait_interruptibly([&](auto time) { return handle_->wait_for_all(time); });
     buffers_->let_go_of_ended();
     return handle_->finish_all();
   }
