@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--size", default="1GiB", help="bytes of one transfer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--operations", type=int, default=20_000, help="4 KiB reads of one of 5 x rounds runs")
+    parser.add_argument("--operations", type=int, default=20_000, help="4 KiB reads of one of 10 x rounds runs")
     parser.add_argument("--without", nargs="+", choices=["fio", "deepspeed", "cpu"], default=[], help="leave these out")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
@@ -262,7 +262,7 @@ def main() -> None:
         results: dict[str, Any] = {"cases": cases, "versions": comparison.versions, "notes": comparison.notes}
         comparison.close()
         if "cpu" not in args.without:
-            pairs = 5 * args.rounds
+            pairs = 10 * args.rounds
             progress.update(task, total=2 * (pairs + 1), completed=0)
             path = Path(folder) / "read.bin"
             results["cpu"] = cpu_per_op(path, args.size, args.operations, pairs, comparison.engines[0], tick)

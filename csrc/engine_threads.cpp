@@ -19,6 +19,23 @@ namespace {
 
 // More threads than this gain nothing on any drive that we know, and cost memory and scheduling.
 constexpr unsigned kMaxThreads = 16;
+// Requests that follow one another in the file and in memory go to the kernel in one call of at most this many bytes: a
+// call costs two switches of threads, which small requests feel. 256 KiB ones gained a tenth, 64 KiB ones a third.
+constexpr std::uint64_t kMaxRun = 1 << 20;
+
+bool follows(const IoRequest& next, const IoRequest& request) {
+  return next.fd == request.fd && next.direction == request.direction &&
+         next.offset == request.offset + request.length &&
+         next.data == static_cast<char*>(request.data) + request.length;
+}
+
+// The bytes moved by one pread() or pwrite() of `length` bytes from where `request` starts, or -errno.
+std::int64_t transfer(const IoRequest& request, std::uint64_t length) {
+  const auto offset = static_cast<off_t>(request.offset);
+  const ssize_t moved = request.direction == Direction::kRead ? ::pread(request.fd, request.data, length, offset)
+                                                              : ::pwrite(request.fd, request.data, length, offset);
+  return moved < 0 ? -errno : moved;
+}
 
 class ThreadsEngine final : public IoEngine {
  public:
@@ -75,24 +92,45 @@ class ThreadsEngine final : public IoEngine {
     sigset_t all;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals belong to the program's own threads
+    std::vector<IoRequest> run;
     std::unique_lock lock(mutex_);
     while (true) {
       work_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
       if (queue_.empty()) return;
-      const IoRequest request = queue_.front();
-      queue_.pop_front();
+      const std::uint64_t length = take(run);
       lock.unlock();
-      const auto offset = static_cast<off_t>(request.offset);
-      const ssize_t moved = request.direction == Direction::kRead
-                                ? ::pread(request.fd, request.data, request.length, offset)
-                                : ::pwrite(request.fd, request.data, request.length, offset);
-      const std::int64_t res = moved < 0 ? -errno : moved;
+      const std::int64_t res = transfer(run.front(), length);
       lock.lock();
-      done_.push_back({request.tag, res});
+      hand_back(run, res);
       lock.unlock();
       done_cv_.notify_one();  // not under the lock, which the thread that wakes wants
       lock.lock();
     }
+  }
+
+  // Moves the first requests of the queue that one call can do into `run`; returns their bytes.
+  std::uint64_t take(std::vector<IoRequest>& run) {
+    run.clear();
+    std::uint64_t length = 0;
+    do {
+      length += queue_.front().length;
+      run.push_back(queue_.front());
+      queue_.pop_front();
+    } while (!queue_.empty() && follows(queue_.front(), run.back()) && length + queue_.front().length <= kMaxRun);
+    return length;
+  }
+
+  // Deals out what one call for the whole run gave. The first request gets an error or a zero; those that a short
+  // transfer did not reach were not tried, and go back to the front of the queue.
+  void hand_back(const std::vector<IoRequest>& run, std::int64_t res) {
+    done_.push_back({run.front().tag, std::min<std::int64_t>(res, run.front().length)});
+    std::int64_t left = res - run.front().length;
+    auto request = run.begin() + 1;
+    for (; request != run.end() && left > 0; ++request) {
+      done_.push_back({request->tag, std::min<std::int64_t>(left, request->length)});
+      left -= request->length;
+    }
+    queue_.insert(queue_.begin(), request, run.end());
   }
 
   const unsigned depth_;

@@ -218,6 +218,48 @@ void truncated_under_the_reader(const EngineEntry& engine) {
   CHECK(no_error_left == 0);
 }
 
+// Requests that lie one behind the other, which an engine may do in one call, get each its own result: in full, short
+// at the end of the file, nothing behind it, an error.
+void adjacent_requests(const EngineEntry& entry) {
+  constexpr std::uint32_t kLength = 4096;
+  constexpr unsigned kCount = 8;
+  std::mt19937_64 random(seed);
+  for (int round = 0; round < 50; ++round) {
+    const std::uint64_t size = random() % (kLength * (kCount + 1));
+    const Bytes bytes = random_bytes(random, size);
+    const fs::path path = folder / "adjacent";
+    std::FILE* made = std::fopen(path.c_str(), "wb");
+    CHECK(std::fwrite(bytes.data(), 1, size, made) == size && std::fclose(made) == 0);
+    const int fd = ::open(path.c_str(), O_RDONLY);
+    const auto engine = entry.make(kCount);
+    Bytes back(kLength * kCount);
+    const auto run = [&](Direction direction) {
+      std::vector<IoRequest> requests;
+      for (unsigned i = 0; i < kCount; ++i) {
+        requests.push_back({direction, fd, back.data() + i * kLength, kLength, i * kLength, i});
+      }
+      CHECK(engine->submit(requests) == kCount);
+      std::vector<std::int64_t> results(kCount, -1);
+      std::vector<IoCompletion> completions(kCount);
+      for (unsigned ended = 0; ended < kCount;) {
+        const unsigned count = engine->reap(1, completions);
+        for (unsigned i = 0; i < count; ++i) results.at(completions[i].tag) = completions[i].res;
+        ended += count;
+      }
+      return results;
+    };
+    const auto moved = run(Direction::kRead);
+    for (unsigned i = 0; i < kCount; ++i) {
+      const std::uint64_t start = i * kLength;
+      CHECK(moved[i] == static_cast<std::int64_t>(start < size ? std::min<std::uint64_t>(kLength, size - start) : 0));
+    }
+    CHECK(std::equal(back.begin(), back.begin() + static_cast<std::ptrdiff_t>(std::min(size, back.size())),
+                     bytes.begin()));
+    for (const std::int64_t res : run(Direction::kWrite)) CHECK(res == -EBADF);
+    ::close(fd);
+  }
+}
+
 void many_threads_on_one_handle(const EngineEntry& engine) {
   HandleConfig config;
   config.block_size = 4096;
@@ -379,6 +421,7 @@ bool run_tests() {
       {"chains", chains},
       {"faults", faults},
       {"truncated_under_the_reader", truncated_under_the_reader},
+      {"adjacent_requests", adjacent_requests},
       {"many_threads_on_one_handle", many_threads_on_one_handle},
       {"many_files_at_once", many_files_at_once},
       {"pending_work_at_the_end", pending_work_at_the_end},
