@@ -21,7 +21,7 @@ import torch
 from .aio import AioHandle, IoFuture
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
-from .store import check_folder
+from .folders import check_folder
 
 Direction = Literal["read", "write", "mixed"]
 

@@ -42,6 +42,11 @@ class BufferPool:
         return min(self._limit // self.buffer_size, MAX_BUFFERS) if self.buffer_size else 0
 
     @property
+    def free(self) -> int:
+        """How many buffers can be taken now."""
+        return len(self._free) + self.capacity - len(self._buffers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory taken now."""
         return len(self._buffers) * self.buffer_size

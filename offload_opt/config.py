@@ -14,6 +14,12 @@ from .errors import ConfigError
 ENGINES = ("auto", "io_uring", "libaio", "threads")
 """Names that ``AioConfig.engine`` and ``AioHandle(engine=...)`` take."""
 
+DURABILITIES = ("snapshot", "step", "scratch")
+"""What ``OffloadConfig.durability`` takes."""
+
+CHECKSUMS = ("write", "read", "off")
+"""What ``OffloadConfig.checksum`` takes."""
+
 LIMITS = {"block_size": 1 << 30, "queue_depth": 1 << 12, "num_threads": 1 << 8}
 """The most that a handle takes of each."""
 
@@ -91,6 +97,14 @@ class OffloadConfig:
     """Bounds the page-locked host memory that optimizer state takes. More of it lets reads run further ahead."""
     unit_size: int | str | None = None
     """Bytes of state that are paged together. None chooses: an eighth of host_memory, at most 32 MiB."""
+    durability: str = "snapshot"
+    """When the state is committed, to survive a crash. ``"snapshot"``: by ``snapshot()``; ``"step"``: by every step;
+    ``"scratch"``: never, and the state takes half of the space on the drive."""
+    persist_params: bool = False
+    """Whether a commit holds the weights too: all parameters of the optimizer."""
+    checksum: str = "write"
+    """``"write"``: of each unit that a commit may name, when it is written; ``"read"``: checked, too, at each read;
+    ``"off"``: none."""
     aio: AioConfig | None = None
     """How transfers are cut up and queued. None: what `offload-opt tune` found for the (first) folder, else the
     defaults."""
@@ -105,6 +119,11 @@ class OffloadConfig:
         object.__setattr__(self, "host_memory", parse_bytes(self.host_memory, "host_memory"))
         if self.unit_size is not None:
             object.__setattr__(self, "unit_size", parse_bytes(self.unit_size, "unit_size"))
+        for name, values in (("durability", DURABILITIES), ("checksum", CHECKSUMS)):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
+        if not isinstance(self.persist_params, bool):
+            raise ConfigError(f"persist_params must be True or False, not {self.persist_params!r}")
         if not isinstance(self.aio, (AioConfig, type(None))):
             raise ConfigError(f"aio must be an AioConfig, not {type(self.aio).__name__}")
 

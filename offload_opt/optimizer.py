@@ -13,16 +13,19 @@ from typing import Any, cast
 import torch
 
 from .aio import AioHandle
+from .checkpoint import Checkpointer, check_directory
 from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
+from .folders import check_folders, check_space, rank_folder
 from .inner import InnerOptimizer, register
 from .pager import ParameterPager, parameters_of, plan_parameters, plan_states
-from .state_dict import PagedState, Unconverted, hide_from_conversion
-from .store import SwapStore, check_folders, check_space, rank_folder
+from .state_dict import PagedState, Unconverted, export_state, hide_from_conversion
+from .store import SwapStore
 from .swap_manager import SwapManager
 from .trace import SwapStats
 from .tuning import bandwidths_of, settings_for
 from .units import Paging, check_memory, state_bytes
+from .weights import weight_bytes
 
 # Inner optimizers that an open OffloadOptimizer holds: two of them would update the same parameters twice.
 _wrapped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -39,13 +42,15 @@ class OffloadOptimizer(torch.optim.Optimizer):
     optimizer.
 
     State is made room for when a parameter first has a gradient; a parameter that never has one takes no space.
-    ``path`` is scratch space in this version: save ``state_dict()`` to keep the state.
+    ``snapshot()`` commits the state, and ``restore()`` takes it up again, also after a crash; see ``durability`` and
+    ``persist_params`` in OffloadConfig. A store that holds committed state is never silently started over.
 
     Args:
         optimizer: Any torch optimizer whose update of one parameter needs no other parameter. It must not be stepped
             itself any more. State that it has already is moved to the disk at the first step.
         path: An existing folder on the drive that is to hold the state; a list of folders on several drives, over which
             it is spread by their bandwidths; or an OffloadConfig with everything in it.
+        discard: Start over where the store holds committed state, which is deleted.
         **fields: The other fields of OffloadConfig, such as ``host_memory="512MiB"``.
 
     Raises:
@@ -58,6 +63,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self,
         optimizer: torch.optim.Optimizer,
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | OffloadConfig,
+        *,
+        discard: bool = False,
         **fields: Any,
     ) -> None:
         if isinstance(path, OffloadConfig):
@@ -68,24 +75,32 @@ class OffloadOptimizer(torch.optim.Optimizer):
             self.config = OffloadConfig.build(path, **fields)
         inner = _check_optimizer(optimizer)
         paths = check_folders(self.config.paths)
-        folders = [rank_folder(path, *_rank_and_world_size()) for path in paths]
+        place = _rank_and_world_size()
+        folders = [rank_folder(path, *place) for path in paths]
         aio = self.config.aio or settings_for(paths[0])
         host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
         plans = _plan_trainable(inner)
         check_memory(plans, host_memory, unit_size)
-        check_space(folders, state_bytes(plans))
+        self._check_space(folders, plans, inner.optimizer.param_groups)
         bandwidths = bandwidths_of(paths, aio, host_memory)
 
         self._inner = inner
         self._stats = SwapStats()
         handle = AioHandle.from_config(aio, folder=paths[0])
         try:
-            store = SwapStore(folders, handle, bandwidths)
+            durable = self.config.durability != "scratch"
+            checksum = self.config.checksum if durable or self.config.checksum == "read" else "off"
+            store = SwapStore(folders, handle, bandwidths, durable=durable, checksum=checksum)
         except BaseException:
             handle.close()
             raise
         self._manager = SwapManager(handle, store, host_memory, self._stats)
         self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
+        self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
+        if discard:
+            store.discard()
+        self.extra: Any = {}
+        """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
         self._pid = os.getpid()
         self._folders = folders
         self._shut_down = weakref.finalize(self, _shut_down, self._pid, optimizer, self._manager, handle, store)
@@ -139,12 +154,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """
         self._check_open()
         self._manager.check()
+        self._checkpointer.check_started()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         started = time.perf_counter()
         self._pager.step(self.param_groups)
+        self._checkpointer.epoch += 1
+        if self.config.durability == "step":
+            self._checkpointer.commit(self.param_groups, self.extra, wait=False)
         self._stats.step_seconds += time.perf_counter() - started
         self._stats.steps += 1
         return loss
@@ -158,7 +177,15 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._inner.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``state_dict()``. It holds copies of all state, in memory and on the CPU."""
+        """The wrapped optimizer's ``state_dict()``, on the CPU; its tensors are mapped from a file.
+
+        The file, which lies in the store and has no name, is a copy of the state as it is now: later steps do not
+        change it. It goes with the tensors. So ``torch.save(optimizer.state_dict(), file)`` takes room on the drive for
+        a while, but hardly any memory.
+
+        Raises:
+            StoreError: There is no space for the copy.
+        """
         self._check_open()
         self._manager.check()
         paged = cast(PagedState, self.state)
@@ -186,10 +213,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Torch's ``load_state_dict`` hands over the new groups, and the state by parameter."""
         hidden: dict[Any, Any] = state["state"]
         states = {p: value.state for p, value in hidden.items() if isinstance(value, Unconverted) and value.state}
+        if states:
+            self._checkpointer.check_started()
         # Everything that can be refused is, before the old state is given up.
         plans = plan_states(self._inner, state["param_groups"], states)
         check_memory(plans, cast(int, self.config.host_memory), cast("int | None", self.config.unit_size))
-        check_space(self._folders, state_bytes(plans))
+        self._check_space(self._folders, plans, state["param_groups"])
         optimizer = self._inner.optimizer
         optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
         self.param_groups = optimizer.param_groups
@@ -198,8 +227,76 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an OffloadOptimizer cannot be pickled or copied, as its state is on disk: use state_dict()")
 
+    @property
+    def epoch(self) -> int:
+        """Steps that the state has been through, over all runs: ``restore()`` brings the number back."""
+        return self._checkpointer.epoch
+
+    def snapshot(
+        self, directory: str | os.PathLike[str] | None = None, extra: Any = None, *, keep: int | None = None
+    ) -> None:
+        """Commit the state as it is now and, with a ``directory``, make a snapshot there that never changes.
+
+        On the same file system a snapshot is hard links, and costs no copying; on another one the state is copied. It
+        can be read when the store is gone. Each rank makes a folder of its own in ``directory``.
+
+        Args:
+            directory: Where the snapshot is to be made; its parents are made where they are missing. None: commit only.
+            extra: What ``restore()`` is to return: any JSON, and tuples, bytes and small tensors. None: ``self.extra``.
+            keep: Delete older snapshots of this run in the same parent folder, all but so many of the newest.
+
+        Raises:
+            ConfigError: Bad arguments, or a commit alone with ``durability="scratch"``.
+            StoreError: There is a snapshot in ``directory``, or no space. The last commit and the state are unharmed.
+            OSError: A transfer failed.
+        """
+        self._check_open()
+        self._manager.check()
+        self._checkpointer.check_started()
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+            raise ConfigError(f"keep must be the number of snapshots to keep, 1 or more, not {keep!r}")
+        if directory is None and (self.config.durability == "scratch" or keep is not None):
+            raise ConfigError(
+                "name a directory: without one, snapshot() only commits, which durability='scratch' rules out"
+            )
+        place = None if directory is None else check_directory(directory)
+        self._checkpointer.snapshot(place, self.param_groups, self.extra if extra is None else extra, keep)
+
+    def restore(self, directory: str | os.PathLike[str] | None = None) -> Any:
+        """Go back to the store's last commit or, with a ``directory``, to the snapshot there. Returns its ``extra``.
+
+        State and options of the param groups are as they were, bit for bit, and so are the weights where the commit
+        holds them (``persist_params``); else they must be set to those of the same step. What came after the commit is
+        discarded. A learning rate scheduler is not part of it.
+
+        Raises:
+            StoreError: There is no commit or snapshot, or it is damaged; the message says what and where.
+            ConfigError: It is not of this optimizer or of these parameters. In both cases nothing is changed.
+            OSError: A transfer failed. The optimizer cannot be used before another ``restore()``.
+        """
+        self._check_open()
+        place = None if directory is None else check_directory(directory)
+        self.extra = self._checkpointer.restore(place, self.param_groups)
+        return self.extra
+
+    def export_safetensors(self, file: str | os.PathLike[str]) -> None:
+        """Write all state to one safetensors file that other tools read: tensors are named "parameter.state".
+
+        What is not a tensor, and the options of the param groups, is in the file's metadata, as JSON. Nothing of it is
+        held in memory whole.
+
+        Raises:
+            StoreError: There is no space for it. OSError: writing failed.
+        """
+        self._check_open()
+        self._manager.check()
+        export_state(check_directory(file), self._pager, self._manager, self._inner.name, self.param_groups)
+
     def synchronize(self) -> None:
-        """Wait until the state of the last step is written. Raises OSError where a transfer failed."""
+        """Wait until the state of the last step is written, and committed where every step is.
+
+        Raises OSError where a transfer failed.
+        """
         self._check_open()
         self._manager.synchronize()
 
@@ -225,6 +322,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"OffloadOptimizer({self.config.path!r}, {self._inner.optimizer!r})"
+
+    def _check_space(self, folders: Sequence[Any], plans: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
+        weights = weight_bytes(groups) if self.config.persist_params else 0
+        slots = 1 if self.config.durability == "scratch" else 2
+        check_space(folders, slots * (state_bytes(plans) + weights))
 
     def _check_open(self) -> None:
         if not self._shut_down.alive:

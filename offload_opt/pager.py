@@ -19,8 +19,9 @@ import torch
 from .aio import trim_heap
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer
-from .store import check_storable
+from .state_file import WholeTensor
 from .swap_manager import SwapManager
+from .unit_file import check_storable
 from .units import Chunking, Paging, ParameterPlan, Piece, StateTemplate, SwapUnit, plan_units
 
 Key = tuple[int, int]
@@ -31,7 +32,7 @@ ParameterState = Mapping[str, Any]
 
 
 @dataclasses.dataclass(eq=False)
-class _Entry:
+class Entry:
     """Where one parameter's state is: in the pieces of units or, when there is nothing to page, in ``resident``."""
 
     plan: ParameterPlan
@@ -64,7 +65,7 @@ class ParameterPager:
         self._manager = manager
         self._host_memory = host_memory
         self._unit_size = unit_size
-        self._entries: dict[Key, _Entry] = {}
+        self.entries: dict[Key, Entry] = {}
         self._brought: dict[Key, ParameterState] = {}  # state in memory that goes to the disk at the next step
         # For the time of a step: the groups as they were before it, and as the inner optimizer left them.
         self._groups: list[dict[str, Any]] = []
@@ -77,14 +78,14 @@ class ParameterPager:
         active = {key: p for key, p in self.parameters(groups).items() if p.grad is not None}
         for key, parameter in active.items():
             self._check_as_planned(groups, key, parameter)
-        self._page_out_brought(groups)
-        self.plan(groups, [key for key in active if key not in self._entries])
+        self.page_out_brought(groups)
+        self.plan(groups, [key for key in active if key not in self.entries])
         self._groups = [dict(group) for group in groups]
         self._groups_after = {}
         self._listed = [Counter(map(id, group["params"])) for group in groups]
         try:
-            self._update_unpaged([key for key in active if not self._entries[key].pieces], {key[0] for key in active})
-            units = {unit: None for key in active if key in self._entries for unit, _ in self._entries[key].pieces}
+            self._update_unpaged([key for key in active if not self.entries[key].pieces], {key[0] for key in active})
+            units = {unit: None for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
             self._manager.walk(sorted(units, key=lambda unit: unit.index), self._update)
         except BaseException as error:
             self._manager.fail(error)  # some parameters are updated, and others are not
@@ -103,11 +104,11 @@ class ParameterPager:
     def parameters(self, groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor]:
         """Every parameter once, by its place. Raises OffloadError where one has changed its place."""
         parameters = parameters_of(groups)
-        places = {id(owner): key for key, entry in self._entries.items() if (owner := entry.owner()) is not None}
+        places = {id(owner): key for key, entry in self.entries.items() if (owner := entry.owner()) is not None}
         for key, parameter in parameters.items():
             if places.get(id(parameter), key) != key:
                 raise OffloadError(
-                    f"{self._entries[places[id(parameter)]].plan.name} has changed its place in the param_groups, by "
+                    f"{self.entries[places[id(parameter)]].plan.name} has changed its place in the param_groups, by "
                     "which its state is kept: groups and parameters may be added, but not removed or reordered"
                 )
         return parameters
@@ -117,16 +118,19 @@ class ParameterPager:
         if not keys:
             return []
         plans = plan_parameters(self._inner, groups, keys)
-        units = plan_units(plans, self._host_memory, self._unit_size, first_index=len(self._manager.units))
+        units = plan_units(plans, self._host_memory, self._unit_size, first_index=self._manager.next_index)
         self._manager.add(units)
         parameters = parameters_of(groups)
-        self._entries.update((plan.key, _Entry(plan, weakref.ref(parameters[plan.key]))) for plan in plans)
-        for unit in units:
-            for piece in unit.pieces:
-                self._entries[piece.key].pieces.append((unit, piece))
+        self.entries.update((plan.key, Entry(plan, weakref.ref(parameters[plan.key]))) for plan in plans)
+        self._add_pieces(units)
         return units
 
-    def _page_out_brought(self, groups: Sequence[dict[str, Any]]) -> None:
+    def _add_pieces(self, units: Sequence[SwapUnit]) -> None:
+        for unit in units:
+            for piece in unit.pieces:
+                self.entries[piece.key].pieces.append((unit, piece))
+
+    def page_out_brought(self, groups: Sequence[dict[str, Any]]) -> None:
         """Store the state that was brought along: that of parameters which have none here yet."""
         if not self._brought:
             return
@@ -135,7 +139,7 @@ class ParameterPager:
 
         def fill(unit: SwapUnit, data: torch.Tensor) -> None:
             for piece in unit.pieces:
-                plan, state = self._entries[piece.key].plan, keyed[piece.key]
+                plan, state = self.entries[piece.key].plan, keyed[piece.key]
                 for tensor in piece.tensors:
                     source = torch.as_tensor(state[tensor.name]).detach()
                     if not piece.is_whole:
@@ -145,32 +149,54 @@ class ParameterPager:
 
         self._manager.walk(units, fill, cyclic=False)
         for key, state in keyed.items():
-            if not self._entries[key].pieces:
-                self._entries[key].resident = _resident_from(self._entries[key].plan.template, state)
+            if not self.entries[key].pieces:
+                self.entries[key].resident = _resident_from(self.entries[key].plan.template, state)
         self._brought = {}
 
     def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
         """Drop all state, on disk and in memory, and store the given one."""
         try:
-            self._entries.clear()
+            self.entries.clear()
             self._manager.forget_all()
             self.bring(groups, states)
-            self._page_out_brought(groups)
+            self.page_out_brought(groups)
         except BaseException as error:
             self._manager.fail(error)  # there is neither the old state nor the new one
             raise
 
+    def adopt(self, groups: Sequence[Mapping[str, Any]], states: Mapping[Key, Any], units: Sequence[SwapUnit]) -> None:
+        """Drop all state in memory and take up that of ``units``, which the store has.
+
+        ``states`` gives each parameter's plan, and its state where there is nothing to page of it.
+        """
+        parameters = parameters_of(groups)
+        self.entries = {
+            key: Entry(plan, weakref.ref(parameters[key]), resident=resident)
+            for key, (plan, resident) in states.items()
+        }
+        self._brought = {}
+        self._add_pieces(units)
+
+    def stored_keys(self) -> list[Key]:
+        """The parameters that have their place in the store, by their place in the groups."""
+        return sorted(key for key, entry in self.entries.items() if entry.small_state is not None)
+
+    def units(self) -> list[SwapUnit]:
+        """The units of all parameters."""
+        units = {unit: None for key in self.stored_keys() for unit, _ in self.entries[key].pieces}
+        return sorted(units, key=lambda unit: unit.index)
+
     def keys_with_state(self) -> Iterator[Key]:
         """The parameters that the optimizer has made state for."""
         self._manager.check()
-        kept = {key for key, entry in self._entries.items() if entry.small_state is not None}
+        kept = {key for key, entry in self.entries.items() if entry.small_state is not None}
         return iter(sorted(kept | set(self._brought)))
 
     def names(self, key: Key) -> list[str]:
         """The names of a parameter's state, in the inner optimizer's order. Empty when it has none."""
         if key in self._brought:
             return list(self._brought[key])
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         if entry is None or entry.small_state is None:
             return []
         paged = [tensor.name for tensor in entry.plan.template.paged]
@@ -181,13 +207,11 @@ class ParameterPager:
         """A copy of one value of a parameter's state. Tensors of paged state come from the disk, and are on the CPU."""
         if key in self._brought:
             return _copy(self._brought[key][name])
-        entry = self._entries[key]
+        entry = self.entries[key]
         if entry.small_state is not None and name in entry.small_state:
             return _copy(entry.small_state[name])
         plan = entry.plan
-        spec = next(tensor for tensor in plan.template.paged if tensor.name == name)
-        if plan.template.paging is Paging.ELEMENTWISE:
-            spec = dataclasses.replace(spec, shape=plan.shape, stride=plan.stride)
+        spec = next(tensor for tensor in plan.whole_tensors() if tensor.name == name)
         result = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
         flat = result.as_strided((spec.numel,), (1,))
         for unit, piece in entry.pieces:
@@ -195,6 +219,27 @@ class ParameterPager:
             part = flat if piece.is_whole else flat[piece.start : piece.stop]
             self._manager.read_tensor(unit, tensor, part)
         return result
+
+    def whole_tensors(self) -> dict[Key, list[WholeTensor]]:
+        """The paged state of every parameter, as what it is when put together."""
+        return {
+            key: [WholeTensor(f"{entry.plan.name}.{t.name}", t, entry.pieces) for t in entry.plan.whole_tensors()]
+            for key, entry in self.entries.items()
+            if entry.pieces and entry.small_state is not None
+        }
+
+    def mapped(self) -> dict[Key, dict[str, Any]]:
+        """All state, by parameter and name. Paged tensors are mapped from a file of their own; see ``map_state``."""
+        keys = list(self.keys_with_state())
+        self._manager.synchronize()
+        wholes = {key: tensors for key, tensors in self.whole_tensors().items() if key not in self._brought}
+        flat_list = [whole for tensors in wholes.values() for whole in tensors]
+        mapped = iter(self._manager.map_state(flat_list))
+        paged = {(key, whole.spec.name): next(mapped) for key, tensors in wholes.items() for whole in tensors}
+        return {
+            key: {name: paged[key, name] if (key, name) in paged else self.read(key, name) for name in self.names(key)}
+            for key in keys
+        }
 
     # The update.
 
@@ -225,12 +270,12 @@ class ParameterPager:
                 continue
             small = piece.resident  # the value before this step, for every chunk of the piece
             if not piece.is_whole:
-                flat, gradient = _flat(parameter), _flat_gradient(parameter)
+                elements, gradient = flat(parameter), _flat_gradient(parameter)
             for begin, end in pairwise(piece.cuts):
                 if piece.is_whole:
                     target = parameter
                 else:
-                    target = flat[begin:end]
+                    target = elements[begin:end]
                     target.grad = gradient[begin:end]
                 views = piece.chunk_views(data, begin, end)
                 state: dict[str, Any] = {}
@@ -264,7 +309,7 @@ class ParameterPager:
             return
         for key in keys:
             parameter = self._parameter(key)
-            resident = self._entries[key].resident
+            resident = self.entries[key].resident
             if resident is not None:
                 state[parameter] = resident
             targets[key[0]].extend([parameter] * self._listed[key[0]][id(parameter)])
@@ -275,9 +320,9 @@ class ParameterPager:
                 continue
             if any(map(_is_large, state[parameter].values())):  # SGD whose momentum was turned on, for example
                 self._brought[key] = state[parameter]
-                del self._entries[key]
+                del self.entries[key]
             else:
-                self._entries[key].resident = dict(state[parameter])
+                self.entries[key].resident = dict(state[parameter])
 
     def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
         lent = {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
@@ -305,10 +350,10 @@ class ParameterPager:
         """Raise unless the parameter, and its gradient, are such as its state was laid out for."""
         assert parameter.grad is not None
         if parameter.grad.layout is not torch.strided:
-            raise UnsupportedOptimizerError(f"{_name(groups, key)} has a sparse gradient: its state cannot be paged")
-        if key not in self._entries:
+            raise UnsupportedOptimizerError(f"{name_of(groups, key)} has a sparse gradient: its state cannot be paged")
+        if key not in self.entries:
             return
-        plan = self._entries[key].plan
+        plan = self.entries[key].plan
         now = (tuple(parameter.shape), tuple(parameter.stride()), parameter.dtype, parameter.device)
         planned = (plan.shape, plan.stride, plan.dtype, plan.device)
         if now != planned:
@@ -343,7 +388,7 @@ def plan_parameters(
         parameter = group["params"][key[1]]
         if hasattr(parameter, "_local_tensor"):
             raise UnsupportedOptimizerError(
-                f"{_name(groups, key)} is a DTensor: sharded parameters cannot be paged yet"
+                f"{name_of(groups, key)} is a DTensor: sharded parameters cannot be paged yet"
             )
         kind = (key[0], parameter.dtype, parameter.device, inner.shape_matters(parameter))
         if kind not in found:
@@ -356,7 +401,9 @@ def plan_parameters(
         device = parameter.device
         chunking: Chunking = inner.chunking_for(group, device)
         shape, stride = tuple(parameter.shape), tuple(parameter.stride())
-        plans.append(ParameterPlan(key, _name(groups, key), shape, stride, parameter.dtype, template, device, chunking))
+        plans.append(
+            ParameterPlan(key, name_of(groups, key), shape, stride, parameter.dtype, template, device, chunking)
+        )
     return plans
 
 
@@ -371,7 +418,7 @@ def plan_states(
     return plans
 
 
-def _name(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
+def name_of(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
     """A parameter's name where the optimizer was given names, or else its number, counted as state_dict() does."""
     names = groups[key[0]].get("param_names")
     if names:
@@ -379,7 +426,7 @@ def _name(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
     return f"param_{sum(len(group['params']) for group in groups[: key[0]]) + key[1]}"
 
 
-def _flat(parameter: torch.Tensor) -> torch.Tensor:
+def flat(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's elements in the order of its memory."""
     detached = parameter.detach()
     return detached.as_strided((detached.numel(),), (1,), detached.storage_offset())

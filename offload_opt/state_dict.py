@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .manifest import DTYPES, encode_value
 from .pager import Key, ParameterPager
+from .swap_manager import SwapManager
 
 
 class PagedParameterState:
@@ -93,14 +97,44 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
         return [state for _, state in self._pairs()]
 
     def load(self) -> dict[torch.Tensor, dict[str, Any]]:
-        """All of it, in memory."""
-        return {parameter: dict(state.items()) for parameter, state in self.items()}
+        """All of it: large tensors are mapped from a file, see ``state_file``; the others are in memory."""
+        parameters = self._pager.parameters(self._groups())
+        return {parameters[key]: state for key, state in self._pager.mapped().items() if key in parameters}
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, PagedParameterState]]:
         parameters = self._pager.parameters(self._groups())
         for key in self._pager.keys_with_state():
             if key in parameters:
                 yield parameters[key], PagedParameterState(self._pager, key)
+
+
+def export_state(
+    path: Path, pager: ParameterPager, manager: SwapManager, optimizer: str, groups: Sequence[dict[str, Any]]
+) -> None:
+    """Write all state to one safetensors file; see ``OffloadOptimizer.export_safetensors``."""
+    pager.page_out_brought(groups)
+    wholes = [whole for tensors in pager.whole_tensors().values() for whole in tensors]
+    paged = {whole.label for whole in wholes}
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for key in pager.stored_keys():
+        entry = pager.entries[key]
+        for name, value in (entry.small_state or {}).items():
+            label = f"{entry.plan.name}.{name}"
+            if isinstance(value, torch.Tensor) and value.dtype in DTYPES and label not in paged:
+                tensors[label] = value
+            else:
+                values[label] = encode_value(value, label)
+    options = [
+        {name: encode_value(value, name) for name, value in group.items() if name != "params"} for group in groups
+    ]
+    metadata = {
+        "format": "pt",
+        "optimizer": optimizer,
+        "param_groups": json.dumps(options),
+        "state": json.dumps(values),
+    }
+    manager.export(path, wholes, tensors, metadata)
 
 
 class Unconverted:

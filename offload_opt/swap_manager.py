@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from .aio import AioHandle, IoFuture
 from .buffers import BufferPool, PinnedBuffer
 from .errors import StepFailedError
+from .folders import free_bytes
+from .state_file import WholeTensor, export, map_state
 from .store import SwapStore
 from .trace import SwapStats
 from .units import StateTensor, SwapUnit, UnitState
+
+_WRITE_BUFFERS = 4
+"""Of write_out: one is filled while the others are being written."""
 
 Visit = Callable[[SwapUnit, torch.Tensor], None]
 """Called with a resident unit and the 1-D uint8 tensor that holds its bytes, which it may change."""
@@ -47,23 +53,25 @@ class SwapManager:
         self.units: list[SwapUnit] = []
 
     @property
+    def next_index(self) -> int:
+        """An index that no unit has had."""
+        return max((unit.index for unit in self.units), default=-1) + 1
+
+    @property
     def has_failed(self) -> bool:
         """Whether an error left the state on disk incomplete."""
         return self._failure is not None
 
     def add(self, units: Sequence[SwapUnit]) -> None:
         """Take on new, blank units: make their files and, where they are larger than those before, larger buffers."""
-        largest = max((unit.nbytes for unit in units), default=0)
-        if largest > self._pool.buffer_size:
-            self.synchronize()
-            self._empty_ring()
-            self._handle.wait()
-            self._pool.fit(largest)
-            self._stats.host_memory_bytes = self._pool.nbytes
-        self.check()
+        self._fit(units)
         self._store.create(units)
-        self.units.extend(units)
-        self._stats.state_bytes += sum(unit.nbytes for unit in units)
+        self._take_on(units)
+
+    def adopt(self, units: Sequence[SwapUnit]) -> None:
+        """Take on units whose bytes the store has already."""
+        self._fit(units)
+        self._take_on(units)
 
     def walk(self, order: Sequence[SwapUnit], visit: Visit, *, cyclic: bool = True) -> None:
         """Bring each unit of ``order`` into memory, ``visit`` it, and write it back.
@@ -84,12 +92,54 @@ class SwapManager:
         self._store.read_into(unit, tensor, into)
         self._stats.bytes_read += tensor.nbytes
 
+    def write_out(self, units: Sequence[SwapUnit], fill: Visit) -> None:
+        """Write units whose bytes ``fill`` makes anew, by a few buffers that are read ahead into less meanwhile.
+
+        Returns when all are filled; transfers go on. Raises what a transfer or ``fill`` raised.
+        """
+        self.check()
+        while self._pool.free < min(_WRITE_BUFFERS, self._pool.capacity) and self._ring:
+            read_ahead, buffer = self._ring.pop()
+            read_ahead.move_to(UnitState.ON_DISK)
+            self._pool.give_back(buffer)
+        try:
+            for unit in units:
+                taken = self._pool.take()
+                assert taken is not None
+                self._stats.host_memory_bytes = self._pool.nbytes
+                unit.move_to(UnitState.READING)
+                self._finish_ended_writes()
+                self._arrive(unit, taken)
+                fill(unit, taken.data)
+                self._start_write(unit, taken)
+                self._pool.give_back(taken)
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def writes(self) -> list[IoFuture]:
+        """The writes that may still be under way."""
+        return list(self._writes.values())
+
+    def map_state(self, tensors: Sequence[WholeTensor]) -> list[torch.Tensor]:
+        """Copies of state as it is after the last walk, mapped from a file in the store; see ``state_file``."""
+        self.synchronize()
+        return map_state(tensors, self._store.place, max(self._store.folders, key=free_bytes))
+
+    def export(
+        self, path: Path, tensors: Sequence[WholeTensor], small: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        """Write state as it is after the last walk to one safetensors file; see ``state_file``."""
+        self.synchronize()
+        export(path, tensors, self._store.place, small, metadata)
+
     def synchronize(self) -> None:
         """Wait until every unit that was visited is on disk. Raises the first error of a transfer."""
         self.check()
         try:
             while self._writes:
                 self._finish_write(next(iter(self._writes)))
+            self._store.finish_commit()
         except OSError as error:  # an interrupted wait harms nothing
             self.fail(error)
             raise
@@ -98,8 +148,16 @@ class SwapManager:
         """Note that the state on disk is incomplete because of ``error``. The first error stays."""
         self._failure = self._failure or error
 
+    def forget(self, units: Sequence[SwapUnit]) -> None:
+        """Drop some units, none of which is read ahead, and their files."""
+        self.synchronize()
+        self._store.forget(units)
+        gone = set(units)
+        self.units = [unit for unit in self.units if unit not in gone]
+        self._stats.state_bytes -= sum(unit.nbytes for unit in units)
+
     def forget_all(self) -> None:
-        """Drop every unit and its file, failed or not: a fresh start."""
+        """Drop every unit and its file, failed or not: a fresh start. What the last commit names stays."""
         self._abandon()
         self._store.forget(self.units)
         self.units.clear()
@@ -118,8 +176,23 @@ class SwapManager:
         if self._failure is not None:
             raise StepFailedError(
                 f"an earlier error left the optimizer state on disk incomplete ({self._failure!r}). The parameters may "
-                "have been updated in part. Load both from a checkpoint: after load_state_dict() it works again"
+                f"have been updated in part. To go on, {self._store.ways_on()}"
             ) from self._failure
+
+    def _fit(self, units: Sequence[SwapUnit]) -> None:
+        """Make the buffers large enough for new units."""
+        self.check()
+        largest = max((unit.nbytes for unit in units), default=0)
+        if largest > self._pool.buffer_size:
+            self.synchronize()
+            self._empty_ring()
+            self._handle.wait()
+            self._pool.fit(largest)
+            self._stats.host_memory_bytes = self._pool.nbytes
+
+    def _take_on(self, units: Sequence[SwapUnit]) -> None:
+        self.units.extend(units)
+        self._stats.state_bytes += sum(unit.nbytes for unit in units)
 
     # A walk.
 
@@ -132,6 +205,8 @@ class SwapManager:
         for position, unit in enumerate(order):
             _, buffer = self._ring.popleft()
             self._arrive(unit, buffer)
+            if not unit.is_blank:
+                self._store.check_read(unit, buffer.data)
             started = time.perf_counter()
             visit(unit, buffer.data)
             self._stats.update_seconds += time.perf_counter() - started
@@ -215,6 +290,7 @@ class SwapManager:
                 break
             except OSError:
                 continue  # already told, or about a state that is given up
+        self._store.abandon_commit()
         self._ring.clear()
         self._writes.clear()
         self._release()

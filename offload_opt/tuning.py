@@ -23,7 +23,7 @@ from .aio import AioHandle, engines
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
-from .store import check_folder, free_bytes
+from .folders import check_folder, free_bytes
 
 logger = logging.getLogger("offload_opt")
 

@@ -117,6 +117,13 @@ class ParameterPlan:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def whole_tensors(self, stride: tuple[int, ...] | None = None) -> list[StateTensor]:
+        """The parameter's paged state tensors as they are when not cut; ``stride`` in place of the parameter's."""
+        if self.template.paging is Paging.WHOLE:
+            return list(self.template.paged)
+        stride = self.stride if stride is None else stride
+        return [dataclasses.replace(t, shape=self.shape, stride=stride) for t in self.template.paged]
+
 
 @dataclasses.dataclass(eq=False)
 class Piece:
@@ -210,6 +217,16 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     expected = 1
     for step, size in sorted((st, sz) for st, sz in zip(stride, shape, strict=True) if sz != 1):
         if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def is_row_major(tensor: StateTensor) -> bool:
+    """Whether the elements lie in memory in the order of the dimensions, without gaps."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
+        if size != 1 and stride != expected:
             return False
         expected *= size
     return True

@@ -97,7 +97,7 @@ def test_a_folder_that_is_not_writable_is_refused() -> None:
 
 def test_a_disk_too_small_for_the_state_is_refused(folder_stays_empty: Path) -> None:
     huge = torch.nn.Parameter(torch.empty(10**14, device="meta"))
-    with pytest.raises(ConfigError, match=r"too small for the optimizer state: it needs 727\.\d TiB"):
+    with pytest.raises(ConfigError, match=r"too small for the optimizer state: it needs 1455\.\d TiB"):
         OffloadOptimizer(adam([huge]), folder_stays_empty)
 
 

@@ -82,12 +82,13 @@ def test_bits_equal_the_unwrapped_optimizer(case: Any, dtype: torch.dtype, store
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_equal_for_matrices(case: Any, dtype: torch.dtype, store: Path) -> None:
     make, options = case
-    shapes = [(64, 32), (16, 128), (33, 33), (50, 7)]
-    pair = Pair(lambda p: make(p, lr=0.01, **options), store, shapes, dtype, host_memory="40KiB")
+    shapes = [(64, 32), (16, 128), (33, 33), (50, 7), (32, 64)]
+    host_memory = 3 * 64 * 32 * dtype.itemsize  # a ring of three units, of four
+    pair = Pair(lambda p: make(p, lr=0.01, **options), store, shapes, dtype, host_memory=host_memory)
     for _ in range(4):
         pair.step()
-    pair.check()
     assert pair.offloaded.stats.bytes_read > 0
+    pair.check()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -79,7 +79,7 @@ def test_it_is_exact_over_two_file_systems(disk_and_memory: list[Path], make: An
 def test_units_lie_in_proportion_to_the_bandwidths_that_were_found(disk_and_memory: list[Path]) -> None:
     for folder, mixed in zip(disk_and_memory, (1e9, 3e9), strict=True):
         save_tuned(folder, tuned(mixed))
-    pair = Pair(adam, disk_and_memory, [(60_000,), (50_000,)], unit_size=UNIT_SIZE)
+    pair = Pair(adam, disk_and_memory, [(60_000,), (50_000,)], unit_size=UNIT_SIZE, durability="scratch")
     pair.step(without=[1])
     assert_in_proportion(disk_and_memory, [1, 3])
     pair.step()  # more units, for the other parameter
@@ -94,7 +94,7 @@ def test_folders_of_one_device_share_evenly(two: list[Path], monkeypatch: pytest
         raise AssertionError("there is nothing to measure")
 
     monkeypatch.setattr("offload_opt.tuning.run", fail)
-    pair = Pair(adam, two, SHAPES, unit_size=UNIT_SIZE)
+    pair = Pair(adam, two, SHAPES, unit_size=UNIT_SIZE, durability="scratch")
     pair.step()
     assert_in_proportion(two, [1, 1])
 
@@ -109,7 +109,7 @@ def test_folders_that_nothing_is_known_of_are_measured(
     monkeypatch.setattr("offload_opt.tuning.run", made_up)
     folders = [*two, disk_and_memory[1]]
     save_tuned(two[0], tuned(9e9))  # of one folder only: not to be compared with what is measured now
-    pair = Pair(adam, folders, SHAPES, unit_size=UNIT_SIZE)
+    pair = Pair(adam, folders, SHAPES, unit_size=UNIT_SIZE, durability="scratch")
     pair.step()
     assert_in_proportion(folders, [1, 1, 3])
 
@@ -118,7 +118,7 @@ def test_a_folder_that_has_no_room_to_be_measured(
     tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (small_disk / "full").write_bytes(bytes((os.statvfs(small_disk).f_bavail - 20) * os.statvfs(small_disk).f_frsize))
-    pair = Pair(adam, [small_disk, tmp_path], SHAPES, unit_size=UNIT_SIZE)
+    pair = Pair(adam, [small_disk, tmp_path], SHAPES, unit_size=UNIT_SIZE, durability="scratch")
     assert f"path {str(small_disk)!r} is too small" in caplog.text
     pair.step()
     pair.step()
@@ -130,7 +130,7 @@ def test_a_folder_that_is_too_small_for_its_share_gets_less(tmp_path: Path, smal
     folders = [small_disk, tmp_path]
     for folder in folders:
         save_tuned(folder, tuned(1e9))
-    pair = Pair(adam, folders, [(300_000,), (200_000,)], unit_size=UNIT_SIZE)
+    pair = Pair(adam, folders, [(300_000,), (200_000,)], unit_size=UNIT_SIZE, durability="scratch")
     pair.step(without=[1])
     pair.step()
     pair.check()
@@ -209,7 +209,7 @@ def test_disks_that_are_too_small_together_are_named(small_disk: Path) -> None:
         folder.mkdir()
     # They are one disk: its space counts once.
     with pytest.raises(
-        ConfigError, match=r"needs 1\.5 MiB, and (1\.0 MiB|1\d\d\d\.\d KiB|9\d\d\.\d KiB) are free"
+        ConfigError, match=r"needs 3\.1 MiB, and (1\.0 MiB|1\d\d\d\.\d KiB|9\d\d\.\d KiB) are free"
     ) as caught:
         OffloadOptimizer(adam(parameters(200_000)), folders)
     assert all(repr(str(folder)) in str(caught.value) for folder in folders)

@@ -14,10 +14,10 @@ PACKAGE = "offload_opt"
 LAYERS = [
     ["errors", "config", "trace", "drives"],
     ["units", "codecs", "schedule", "planner", "inner"],
-    ["aio", "buffers"],
+    ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["store", "bandwidth", "tuning"],
     ["swap_manager"],
-    ["pager", "state_dict", "optimizer"],
+    ["pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
     ["doctor", "cli"],
 ]

@@ -1,0 +1,344 @@
+"""Epochs of an optimizer: what a commit, a snapshot and a restore do with its state, groups and weights."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .aio import AioHandle
+from .config import OffloadConfig, format_bytes
+from .errors import ConfigError, StoreError
+from .folders import rank_folder
+from .inner import InnerOptimizer
+from .manifest import (
+    DTYPES,
+    MANIFEST,
+    Layout,
+    Manifest,
+    ParameterRecord,
+    UnitRecord,
+    decode_mapping,
+    decode_value,
+    encode_mapping,
+    encode_value,
+    read_manifest,
+    tensor_records,
+)
+from .pager import Key, ParameterPager, ParameterState, parameters_of, plan_parameters
+from .snapshots import Snapshot, delete_older
+from .state_file import WholeTensor, map_state
+from .store import SwapStore, check_files
+from .swap_manager import SwapManager
+from .units import RING_DEPTH, ParameterPlan, SwapUnit
+from .weights import PersistedWeights, check_weights, read_weights
+
+_log = logging.getLogger(__name__)
+
+Groups = Sequence[dict[str, Any]]
+
+
+class _Found(NamedTuple):
+    """A manifest that fits the optimizer, with what is made of it; nothing has been changed yet."""
+
+    manifest: Manifest
+    where: Path
+    folders: Sequence[Path]
+    units: list[SwapUnit]
+    groups: list[dict[str, Any]]  # the options as they were
+    states: dict[Key, tuple[ParameterPlan, dict[str, Any] | None]]
+    extra: Any
+
+
+class Checkpointer:
+    """Makes manifests of the optimizer's state and takes the state up from them; borrows everything.
+
+    ``epoch`` counts the steps that the state has been through, over all runs.
+    """
+
+    def __init__(
+        self,
+        inner: InnerOptimizer,
+        pager: ParameterPager,
+        manager: SwapManager,
+        store: SwapStore,
+        handle: AioHandle,
+        config: OffloadConfig,
+        place: tuple[int, int],
+    ) -> None:
+        self._inner = inner
+        self._pager = pager
+        self._manager = manager
+        self._store = store
+        self._handle = handle
+        self._config = config
+        self._rank, self._world_size = place
+        self._host_memory = int(config.host_memory)
+        self._unit_size = None if config.unit_size is None else int(config.unit_size)
+        self._weights = PersistedWeights(manager, self._host_memory, self._unit_size)
+        self._run = uuid.uuid4().hex
+        self._snapshots: list[str] = []
+        self._is_durable = config.durability != "scratch"
+        # What the store was opened with, and nobody has decided about.
+        self._undecided = store.committed is not None
+        self.epoch = 0
+
+    def check_started(self) -> None:
+        """Raise StoreError while the store has a committed epoch that nobody has decided about."""
+        if self._undecided and self._store.committed is not None:
+            raise StoreError(
+                f"{self._store.folders[0]} has a committed epoch, {self._store.committed.epoch}, which this run would "
+                "replace: call restore() to go on from it, or wrap the optimizer with discard=True to start over"
+            )
+
+    def commit(self, groups: Groups, extra: Any, *, wait: bool) -> Manifest:
+        """Commit the state as it is now. Without ``wait``, beside the caller, who may change everything meanwhile."""
+        manifest = self._manifest(groups, extra)
+        self._store.start_commit(manifest, self._manager.writes())
+        if wait:
+            self._manager.synchronize()
+        return manifest
+
+    def snapshot(self, directory: Path | None, groups: Groups, extra: Any, keep: int | None) -> None:
+        """Commit and, with a directory, make a snapshot in it."""
+        self._pager.page_out_brought(groups)
+        if directory is None:
+            self.commit(groups, extra, wait=True)
+            return
+        with Snapshot(directory, self._rank, self._world_size) as folder:
+            self._snapshots = [path for path in self._snapshots if Path(path).exists()] + [str(directory)]
+            if self._is_durable:
+                manifest = self.commit(groups, extra, wait=True)
+            else:
+                manifest = self._manifest(groups, extra)
+                self._manager.synchronize()
+            self._store.snapshot(folder, manifest)
+        if keep is not None:
+            for deleted in delete_older(directory, manifest, keep):
+                _log.info("snapshot %s is deleted: %d newer ones are kept", deleted, keep)
+
+    def restore(self, directory: Path | None, groups: Groups) -> Any:
+        """Take up the last commit, or the snapshot in ``directory``. Returns its extra."""
+        found = self._find(directory, groups)
+        if directory is None:
+            later = self._store.uncommitted()
+            if later:
+                _log.warning(
+                    "%s: back to epoch %d; what %d unit files (%s) got after its commit is discarded",
+                    self._store.folders[0],
+                    found.manifest.epoch,
+                    len(later),
+                    format_bytes(sum(path.stat().st_size for path in later)),
+                )
+        self._manager.forget_all()
+        self._weights.forget()
+        try:
+            self._take_up(found, directory, groups)
+            if found.manifest.weights is not None:
+                read_weights(found.manifest.weights, found.folders, self._handle, groups, found.where)
+        except BaseException as error:
+            self._manager.fail(error)
+            raise
+        for group, then in zip(groups, found.groups, strict=True):
+            group.update({name: value for name, value in then.items() if name != "params"})
+        self._run, self.epoch = found.manifest.run, found.manifest.epoch
+        self._snapshots = list(found.manifest.snapshots)
+        self._undecided = False
+        if self._is_durable and directory is not None:
+            self.commit(groups, found.extra, wait=True)
+        return found.extra
+
+    def _take_up(self, found: _Found, directory: Path | None, groups: Groups) -> None:
+        records: dict[SwapUnit, UnitRecord] = dict(zip(found.units, found.manifest.state.units, strict=True))
+        if not self._fits(found):
+            self._lay_out_anew(found, groups)
+        elif directory is None:
+            self._store.adopt(records)
+            self._manager.adopt(found.units)
+            self._pager.adopt(groups, found.states, found.units)
+        else:
+            self._store.bring(records, found.folders[0])
+            self._manager.adopt(found.units)
+            self._pager.adopt(groups, found.states, found.units)
+
+    def _find(self, directory: Path | None, groups: Groups) -> _Found:
+        """Read and check what is to be restored. Raises StoreError or ConfigError; changes nothing."""
+        if directory is None:
+            manifest = self._store.reload()
+            folders: Sequence[Path] = self._store.folders
+            if manifest is None:
+                raise StoreError(f"{folders[0]} has no committed epoch to go back to: name the folder of a snapshot")
+        else:
+            folders = [rank_folder(directory, self._rank, self._world_size)]
+            try:
+                manifest = read_manifest(folders[0] / MANIFEST)
+            except (FileNotFoundError, NotADirectoryError):
+                others = sorted(path.name for path in directory.glob("rank-*-of-*")) if directory.is_dir() else []
+                there = f"; it has {', '.join(others)}" if others else ""
+                raise StoreError(
+                    f"{directory} has no snapshot of rank {self._rank} of {self._world_size}{there}"
+                ) from None
+        where = folders[0] / MANIFEST
+        if (manifest.rank, manifest.world_size) != (self._rank, self._world_size):
+            raise StoreError(
+                f"{where} is of rank {manifest.rank} of {manifest.world_size}, and this is rank {self._rank} of "
+                f"{self._world_size}"
+            )
+        layouts = [manifest.state] + ([manifest.weights] if manifest.weights else [])
+        for layout in layouts:
+            check_files(layout.units, folders)
+        units = manifest.state.swap_units(where)
+        if manifest.weights is not None:
+            manifest.weights.swap_units(where)
+            check_weights(manifest.weights, groups, where)
+        groups_then = self._groups_of(manifest, groups, where)
+        plans = self._plans_of(manifest.state, groups_then, where)
+        residents = [decode_mapping(record.resident) for record in manifest.state.parameters]
+        states = {plan.key: (plan, resident) for plan, resident in zip(plans, residents, strict=True)}
+        return _Found(manifest, where, folders, units, groups_then, states, decode_value(manifest.extra))
+
+    def _groups_of(self, manifest: Manifest, groups: Groups, where: Path) -> list[dict[str, Any]]:
+        """The groups with the options of the manifest. Raises ConfigError where they cannot be the same."""
+        if manifest.optimizer != self._inner.name:
+            raise ConfigError(f"{where} has the state of {manifest.optimizer}, and the optimizer is {self._inner.name}")
+        sizes = [len(group["params"]) for group in groups]
+        if manifest.group_sizes != sizes or len(manifest.groups) != len(sizes):
+            raise ConfigError(
+                f"{where} is of param_groups with {manifest.group_sizes} parameters, and the optimizer's have {sizes}: "
+                "make them as they were (add_param_group() comes before restore())"
+            )
+        result = []
+        for group, encoded in zip(groups, manifest.groups, strict=True):
+            then = {name: decode_value(value) for name, value in encoded.items()}
+            for name, value in then.items():
+                now = group.get(name)
+                if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
+                    then[name] = value.to(now.device)
+            result.append({**group, **then, "params": group["params"]})
+        return result
+
+    def _plans_of(self, layout: Layout, groups: Groups, where: Path) -> list[ParameterPlan]:
+        """Plans for the parameters that have state in the layout. Raises ConfigError unless they match it."""
+        there = parameters_of(groups)
+        missing = [record.name for record in layout.parameters if record.key not in there]
+        if missing:
+            raise ConfigError(
+                f"{where} has state of {missing[0]}, and there is no parameter at its place in the groups"
+            )
+        plans = plan_parameters(self._inner, groups, [record.key for record in layout.parameters])
+        for plan, record in zip(plans, layout.parameters, strict=True):
+            then = (record.shape, record.dtype, [(t.name, t.dtype, t.shape) for t in record.tensors])
+            tensors = tensor_records(whole.spec for whole in _whole_tensors(plan, []))
+            now = (plan.shape, DTYPES.get(plan.dtype), [(t.name, t.dtype, t.shape) for t in tensors])
+            if now != then:
+                raise ConfigError(
+                    f"{where} does not fit {plan.name}: (shape, dtype, state) are {then} there and {now} here"
+                )
+        return plans
+
+    def _fits(self, found: _Found) -> bool:
+        """Whether the units can be used as they are: cut as this machine's arithmetic allows, within host_memory."""
+        largest = max((unit.nbytes for unit in found.units), default=0)
+        if largest * RING_DEPTH > self._host_memory or largest > (self._unit_size or largest):
+            return False
+        for record in found.manifest.state.parameters:
+            plan, _ = found.states[record.key]
+            chunking = plan.chunking
+            now = (chunking.threads, chunking.cuts_anywhere, chunking.max_elements)
+            if record.chunking != now or record.stride != plan.stride:
+                return False
+        return all(unit.device == found.states[piece.key][0].device for unit in found.units for piece in unit.pieces)
+
+    def _lay_out_anew(self, found: _Found, groups: Groups) -> None:
+        """Read the state from the files that hold it into units that suit this run."""
+        folders, records = found.folders, found.manifest.state.units
+        pieces: dict[Key, list[Any]] = {}
+        for unit in found.units:
+            for piece in unit.pieces:
+                pieces.setdefault(piece.key, []).append((unit, piece))
+        places = {
+            unit: (folders[record.folder] / "units" / record.file, record.data_start)
+            for unit, record in zip(found.units, records, strict=True)
+        }
+        wholes, keys = [], []
+        for record in found.manifest.state.parameters:
+            plan, _ = found.states[record.key]
+            for whole in _whole_tensors(plan, pieces.get(record.key, []), record.stride):
+                wholes.append(whole)
+                keys.append(record.key)
+        tensors = map_state(wholes, places.__getitem__, self._store.folders[0])
+        parameters = parameters_of(groups)
+        states: dict[torch.Tensor, ParameterState] = {}
+        for key, whole, tensor in zip(keys, wholes, tensors, strict=True):
+            state = states.setdefault(parameters[key], dict(pieces[key][0][1].resident or {}))
+            state[whole.spec.name] = tensor  # type: ignore[index]
+        for key, (_, resident) in found.states.items():
+            if key not in pieces and resident is not None:
+                states[parameters[key]] = resident
+        self._pager.replace_all(found.groups, states)
+
+    def _manifest(self, groups: Groups, extra: Any) -> Manifest:
+        weights = None
+        if self._config.persist_params:
+            self._weights.write(groups)
+            weights = self._weights.layout(self._store)
+        keys = self._pager.stored_keys()
+        records = []
+        for key in keys:
+            entry = self._pager.entries[key]
+            plan = entry.plan
+            records.append(
+                ParameterRecord(
+                    key=key,
+                    name=plan.name,
+                    shape=plan.shape,
+                    stride=plan.stride,
+                    dtype=DTYPES[plan.dtype],
+                    tensors=tensor_records(whole.spec for whole in _whole_tensors(plan, entry.pieces)),
+                    chunking=(plan.chunking.threads, plan.chunking.cuts_anywhere, plan.chunking.max_elements),
+                    resident=encode_mapping(entry.resident, plan.name),
+                )
+            )
+        numbers = {key: number for number, key in enumerate(keys)}
+        return Manifest(
+            run=self._run,
+            epoch=self.epoch,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+            rank=self._rank,
+            world_size=self._world_size,
+            folders=len(self._store.folders),
+            optimizer=self._inner.name,
+            groups=[
+                {
+                    name: encode_value(value, f"group {index}'s {name!r}")
+                    for name, value in group.items()
+                    if name != "params"
+                }
+                for index, group in enumerate(groups)
+            ],
+            group_sizes=[len(group["params"]) for group in groups],
+            state=Layout(parameters=records, units=self._store.records(self._pager.units(), numbers)),
+            weights=weights,
+            extra=encode_value({} if extra is None else extra, "extra"),
+            snapshots=list(self._snapshots),
+        )
+
+
+def _whole_tensors(
+    plan: ParameterPlan, pieces: Sequence[tuple[SwapUnit, Any]], stride: tuple[int, ...] | None = None
+) -> list[WholeTensor]:
+    """The paged state tensors of a parameter, whole; ``stride`` is for what was stored by another one."""
+    return [WholeTensor(f"{plan.name}.{tensor.name}", tensor, pieces) for tensor in plan.whole_tensors(stride)]
+
+
+def check_directory(directory: str | os.PathLike[str]) -> Path:
+    """An absolute path. Raises ConfigError where it is not a path."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ConfigError(f"directory must be a path, not {type(directory).__name__}")
+    return Path(directory).absolute()

@@ -1,0 +1,113 @@
+"""The folders of a store: checks before anything is made in them, and the lock that says whose they are."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import format_bytes
+from .errors import ConfigError, StoreError
+
+UNIT_FILES = "unit-*.safetensors"
+
+
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Raise ConfigError unless ``path`` is a folder that files can be made in. Touches nothing."""
+    folder = Path(path)
+    if not folder.exists():
+        raise ConfigError(
+            f"path {str(folder)!r} does not exist: make the folder first, on the drive that is to hold the state"
+        )
+    if not folder.is_dir():
+        raise ConfigError(f"path {str(folder)!r} is not a folder")
+    if (
+        not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+        or os.statvfs(folder).f_flag & os.ST_RDONLY
+    ):
+        raise ConfigError(f"path {str(folder)!r} is not writable")
+    return folder
+
+
+def check_folders(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The folders without links. Raises ConfigError for one that no files can be made in, or that is there twice."""
+    folders: list[Path] = []
+    for path in paths:
+        folder = check_folder(path).resolve()
+        if folder in folders:
+            raise ConfigError(f"path {str(path)!r} is given twice: it is the folder {str(folder)!r}")
+        folders.append(folder)
+    return folders
+
+
+def rank_folder(path: str | os.PathLike[str], rank: int, world_size: int) -> Path:
+    """Where a rank keeps its store."""
+    return Path(path) / f"rank-{rank:05d}-of-{world_size:05d}"
+
+
+def check_space(folders: Sequence[Path], nbytes: int) -> None:
+    """Raise ConfigError where ``nbytes`` of state do not fit into the store ``folders``, which need not exist yet.
+
+    Units that an earlier run left there count as free space: they are replaced.
+    """
+    free_on: dict[int, int] = {}  # folders on one device share its space
+    for folder in folders:
+        free_on.setdefault(folder.parent.stat().st_dev, free_bytes(folder.parent))
+    left_over = [file for folder in folders for file in (folder / "units").glob(UNIT_FILES)]
+    free = sum(free_on.values()) + sum(file.stat().st_blocks * 512 for file in left_over)
+    if nbytes > free:
+        paths = [str(folder.parent) for folder in folders]
+        shown = paths if len(paths) > 1 else repr(paths[0])
+        raise ConfigError(
+            f"path {shown} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
+            f"{format_bytes(free)} are free{_other_state(folders)}"
+        )
+
+
+def _other_state(folders: Sequence[Path]) -> str:
+    """What takes space beside the store's folders: state of runs with another number of ranks, of other ranks too."""
+    sizes = {}
+    for folder in folders:
+        for other in sorted(folder.parent.glob("rank-*-of-*")):
+            size = sum(file.stat().st_blocks * 512 for file in (other / "units").glob(UNIT_FILES))
+            if size and other != folder:
+                sizes[other] = size
+    if not sizes:
+        return ""
+    listed = ", ".join(f"{format_bytes(size)} in {other}" for other, size in sizes.items())
+    return f"; other ranks or earlier runs have {listed}, which can be deleted if no run uses it"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written to files in ``folder``."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def lock(path: Path) -> int:
+    """Lock the store and write our pid into it. The descriptor holds the lock; it goes with the process."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        whose = "this process" if owner == str(os.getpid()) else f"process {owner}"
+        raise StoreError(
+            f"the store {path.parent} is in use by {whose}: give each optimizer its own folder, or close() the other"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def unlock(locks: Sequence[int], owner: int) -> None:
+    """Let go of the locks, if this process took them. A forked child only closes its copies of the files."""
+    for fd in locks:
+        if os.getpid() == owner:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)

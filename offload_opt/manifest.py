@@ -1,0 +1,358 @@
+"""The commit record of a store: what an epoch consists of, as one JSON file that is replaced whole.
+
+The file is ``{"format", "version", "checksum", "body"}``, where ``checksum`` is of the body's bytes as they stand in
+the file. Everything that is read is validated: types by msgspec, and what types cannot say (sizes, ranges, file names)
+by ``Layout.units``. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+import xxhash
+
+from .errors import ConfigError, StoreError
+from .units import Piece, StateTensor, SwapUnit, is_dense
+
+MANIFEST = "MANIFEST.json"
+_FORMAT = "offload_opt manifest"
+_VERSION = 1
+_UNIT_FILE = re.compile(r"unit-\d{5,9}\.\d{1,9}\.safetensors")
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What can be stored, under safetensors' names."""
+_DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+# Records are frozen; what is read is checked against their fields and types.
+
+
+class TensorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A state tensor of a parameter or of a piece; see units.StateTensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+
+class PieceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run of a parameter's elements; see units.Piece. ``resident`` is encoded, or null where there is no state."""
+
+    parameter: int
+    start: int
+    stop: int
+    cuts: list[int]
+    is_whole: bool
+    tensors: list[TensorRecord]
+    resident: dict[str, Any] | None
+
+
+class UnitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A unit: its file, in the folder of that number, its bytes, where they start in the file, and their checksum."""
+
+    folder: int
+    file: str
+    nbytes: int
+    data_start: int
+    checksum: str | None
+    device: str
+    pieces: list[PieceRecord]
+
+
+class ParameterRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A parameter by its place (group, position), and what an optimizer keeps for it; see units.ParameterPlan.
+
+    ``resident`` is the state of a parameter that has nothing to page. ``chunking`` says where it was allowed to be cut.
+    """
+
+    key: tuple[int, int]
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    tensors: list[TensorRecord]
+    chunking: tuple[int, bool, int]
+    resident: dict[str, Any] | None
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which bytes of which unit belong to which parameter."""
+
+    parameters: list[ParameterRecord]
+    units: list[UnitRecord]
+
+    def swap_units(self, where: Path) -> list[SwapUnit]:
+        """The units, checked: no tensor outside its unit, no element missing or there twice. Raises StoreError."""
+
+        def refuse(index: int, why: str) -> NoReturn:
+            raise StoreError(f"{where} is damaged: unit {index} ({self.units[index].file}) {why}")
+
+        units = []
+        covered: list[list[tuple[int, int]]] = [[] for _ in self.parameters]
+        for index, record in enumerate(self.units):
+            if not _UNIT_FILE.fullmatch(record.file):
+                refuse(index, "has a name that is not a unit file's, and may point outside the store")
+            pieces = []
+            for piece in record.pieces:
+                if not 0 <= piece.parameter < len(self.parameters):
+                    refuse(index, f"names parameter {piece.parameter}, which is not there")
+                owner = self.parameters[piece.parameter]
+                run = [piece.start, *piece.cuts[1:-1], piece.stop]
+                if piece.cuts != run or any(a >= b for a, b in itertools.pairwise(run)):
+                    refuse(index, f"has a piece of {owner.name} with cuts that do not fit it")
+                tensors = tuple(_state_tensor(tensor) for tensor in piece.tensors)
+                if any(not _lies_in(tensor, record.nbytes) for tensor in tensors):
+                    refuse(index, f"has state of {owner.name} outside its {record.nbytes} bytes")
+                whole = tuple(tensor.name for tensor in owner.tensors)
+                if tuple(tensor.name for tensor in tensors) != whole:
+                    refuse(index, f"does not hold the state of {owner.name} that the parameter has")
+                if not piece.is_whole and any(t.shape != (piece.stop - piece.start,) for t in tensors):
+                    refuse(index, f"has state of {owner.name} in a size that is not its elements'")
+                covered[piece.parameter].append((piece.start, piece.stop))
+                key = (owner.key[0], owner.key[1])
+                small = decode_mapping(piece.resident)
+                pieces.append(
+                    Piece(key, owner.name, piece.start, piece.stop, tuple(piece.cuts), piece.is_whole, tensors, small)
+                )
+            units.append(SwapUnit(index, tuple(pieces), record.nbytes, _device(record.device, where), is_blank=False))
+        for owner, runs in zip(self.parameters, covered, strict=True):
+            expected = math.prod(owner.shape) if owner.tensors else 0
+            end = 0
+            for start, stop in runs:
+                if start != end:
+                    raise StoreError(f"{where} is damaged: elements of {owner.name} are missing or there twice")
+                end = stop
+            if end != expected:
+                raise StoreError(f"{where} is damaged: it has {end} of the {expected} elements of {owner.name}")
+        return units
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A committed epoch. ``groups`` are the param groups' options, encoded; ``extra`` is the user's, encoded too."""
+
+    run: str
+    epoch: int
+    created: str
+    rank: int
+    world_size: int
+    folders: int
+    optimizer: str
+    groups: list[dict[str, Any]]
+    group_sizes: list[int]
+    state: Layout
+    weights: Layout | None
+    extra: Any
+    snapshots: list[str]
+
+
+class _Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format: str
+    version: int
+    checksum: str
+    body: msgspec.Raw
+
+
+def checksum(data: Any) -> str:
+    """The checksum of a manifest's body or of a unit's bytes: 128 bits of XXH3."""
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+
+
+def checksum_of(data: torch.Tensor) -> str:
+    """The checksum of a contiguous CPU tensor's bytes. Lets go of the GIL."""
+    return checksum((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        StoreError: It is truncated, damaged, of a newer version, or not a manifest; the message says which.
+        FileNotFoundError: There is none.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        text = file.read()
+    try:
+        envelope = msgspec.json.decode(text, type=_Envelope)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"{path} is truncated or damaged, or not a manifest of a store: {error}") from None
+    if envelope.format != _FORMAT:
+        raise StoreError(f"{path} is not a manifest of a store: its format is {envelope.format!r}")
+    if envelope.version != _VERSION:
+        raise StoreError(
+            f"{path} has version {envelope.version} of the format, and this offload_opt knows version {_VERSION}: "
+            "it was written by another version of the package; use that one"
+        )
+    if checksum(bytes(envelope.body)) != envelope.checksum:
+        raise StoreError(f"{path} is damaged: its bytes do not have the checksum {envelope.checksum}")
+    try:
+        return msgspec.json.decode(envelope.body, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"{path} is not a valid manifest: {error}") from None
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Put a manifest in place, whole or not at all, and on the device when it returns."""
+    body = msgspec.json.encode(manifest)
+    envelope = _Envelope(format=_FORMAT, version=_VERSION, checksum=checksum(body), body=msgspec.Raw(body))
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(msgspec.json.encode(envelope))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the device."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# Values: what JSON has no word for is an object with one key that starts with "$".
+
+
+def encode_value(value: Any, what: str) -> Any:
+    """A value as JSON that ``decode_value`` turns into the same value: bits of floats, tuples, tensors and bytes.
+
+    Raises ConfigError, with ``what`` in the message, for a value of another type.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**63 else {"$int": str(value)}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, list):
+        return [encode_value(item, what) for item in value]
+    if isinstance(value, tuple):
+        return {"$tuple": [encode_value(item, what) for item in value]}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: encode_value(item, f"{what}[{key!r}]") for key, item in value.items()}
+        return {"$dict": [[encode_value(k, what), encode_value(v, f"{what}[{k!r}]")] for k, v in value.items()]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if isinstance(value, torch.Tensor) and value.dtype in DTYPES:
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        data = bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+        return {"$tensor": [DTYPES[value.dtype], list(value.shape), base64.b64encode(data).decode()]}
+    raise ConfigError(
+        f"{what} is a {type(value).__name__}, which a store cannot hold: numbers, strings, lists, tuples, dicts, bytes "
+        "and small tensors can be"
+    )
+
+
+def decode_value(value: Any) -> Any:
+    """The value that ``encode_value`` was given. Tensors are on the CPU. Raises StoreError for what it never gives."""
+    if isinstance(value, list):
+        return [decode_value(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if not any(key.startswith("$") for key in value):
+        return {key: decode_value(item) for key, item in value.items()}
+    try:
+        ((tag, content),) = value.items()
+        if tag == "$int":
+            return int(content)
+        if tag == "$float":
+            return float(content)
+        if tag == "$tuple":
+            return tuple(decode_value(item) for item in content)
+        if tag == "$dict":
+            return {decode_value(key): decode_value(item) for key, item in content}
+        if tag == "$bytes":
+            return base64.b64decode(content, validate=True)
+        if tag == "$tensor":
+            name, shape, text = content
+            data = bytearray(base64.b64decode(text, validate=True))
+            dtype = _DTYPES_BY_NAME[name]
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            return flat.reshape(shape).clone()
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise StoreError(f"the manifest has a value that cannot be read: {error}") from None
+    raise StoreError(f"the manifest has a value of an unknown kind: {tag!r}")
+
+
+def encode_mapping(values: Mapping[str, Any] | None, what: str) -> dict[str, Any] | None:
+    """``encode_value`` of each value; None stays None."""
+    return None if values is None else {name: encode_value(value, f"{what}.{name}") for name, value in values.items()}
+
+
+def decode_mapping(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The opposite of ``encode_mapping``."""
+    return None if values is None else {name: decode_value(value) for name, value in values.items()}
+
+
+def tensor_records(tensors: Iterable[StateTensor]) -> list[TensorRecord]:
+    """State tensors as records."""
+    return [
+        TensorRecord(name=t.name, dtype=DTYPES[t.dtype], shape=t.shape, stride=t.stride, offset=t.offset)
+        for t in tensors
+    ]
+
+
+def piece_records(pieces: Sequence[Piece], numbers: Mapping[tuple[int, int], int]) -> list[PieceRecord]:
+    """Pieces as records; ``numbers`` gives the position of each parameter in ``Layout.parameters``."""
+    return [
+        PieceRecord(
+            parameter=numbers[piece.key],
+            start=piece.start,
+            stop=piece.stop,
+            cuts=list(piece.cuts),
+            is_whole=piece.is_whole,
+            tensors=tensor_records(piece.tensors),
+            resident=encode_mapping(piece.resident, piece.name),
+        )
+        for piece in pieces
+    ]
+
+
+def _state_tensor(record: TensorRecord) -> StateTensor:
+    try:
+        dtype = _DTYPES_BY_NAME[record.dtype]
+    except KeyError:
+        raise StoreError(f"the manifest has state of an unknown dtype, {record.dtype!r}") from None
+    if len(record.shape) != len(record.stride) or min(record.shape, default=1) < 0 or min(record.stride, default=0) < 0:
+        raise StoreError(f"the manifest has state {record.name!r} of an impossible shape")
+    return StateTensor(record.name, dtype, record.shape, record.stride, record.offset)
+
+
+def _lies_in(tensor: StateTensor, nbytes: int) -> bool:
+    inside = tensor.offset >= 0 and 0 < tensor.nbytes <= nbytes - tensor.offset
+    return inside and is_dense(tensor.shape, tensor.stride)
+
+
+def _device(name: str, where: Path) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise StoreError(f"{where} is damaged: there is no device {name!r}") from None

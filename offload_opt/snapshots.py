@@ -1,0 +1,144 @@
+"""Snapshots: folders that hold a committed epoch by themselves, made by hard links where the file system allows it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from .config import format_bytes
+from .errors import StoreError
+from .folders import free_bytes, rank_folder
+from .manifest import MANIFEST, Manifest, read_manifest, sync_folder
+
+_log = logging.getLogger(__name__)
+
+# What link() says where it cannot: another file system, one without hard links, too many links.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_COPY_BYTES = 8 << 20
+
+
+class FilePair(NamedTuple):
+    """A file, where it is to be too, and its size in bytes."""
+
+    source: Path
+    target: Path
+    nbytes: int
+
+
+def link_or_copy(pairs: Sequence[FilePair], what: str) -> set[Path]:
+    """Make each target a link to its source or, where that cannot be, a copy on the device, with a progress bar.
+
+    Returns the sources that were linked. Raises StoreError when there is no space for the copies; OSError when one
+    fails. Targets that were made are left then.
+    """
+    linked, to_copy = set(), []
+    for pair in pairs:
+        try:
+            pair.target.hardlink_to(pair.source)
+            linked.add(pair.source)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            to_copy.append(pair)
+    if to_copy:
+        _copy_all(to_copy, what)
+    return linked
+
+
+def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
+    nbytes = sum(pair.nbytes for pair in pairs)
+    folder = pairs[0].target.parent
+    free = free_bytes(folder)
+    if nbytes > free:
+        raise StoreError(
+            f"no space for the {what}: it needs {format_bytes(nbytes)}, and {format_bytes(free)} are free in {folder}"
+        )
+    _log.info(
+        "%s: copying %s to %s, which is on another file system than the store", what, format_bytes(nbytes), folder
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{what}: copying", total=nbytes)
+        for pair in pairs:
+            with pair.source.open("rb") as source, _create(pair.target) as target:
+                while data := source.read(_COPY_BYTES):
+                    target.write(data)
+                    progress.advance(task, len(data))
+                target.flush()
+                os.fsync(target.fileno())
+
+
+def _create(path: Path):  # type: ignore[no-untyped-def]
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+
+class Snapshot:
+    """One rank's part of a snapshot on its way: made beside its place, and put there whole by one rename."""
+
+    def __init__(self, directory: Path, rank: int, world_size: int) -> None:
+        self.place = rank_folder(directory, rank, world_size)
+        self.folder = directory / f".{self.place.name}.partial"
+
+    def __enter__(self) -> Path:
+        """The folder to fill. Raises StoreError where there is such a snapshot already."""
+        if self.place.exists():
+            raise StoreError(
+                f"there is a snapshot in {self.place.parent} already, and snapshots never change: name another folder"
+            )
+        self.place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder.exists():  # left by a process that was killed
+            shutil.rmtree(self.folder)
+        for path in (self.folder, self.folder / "units"):
+            path.mkdir(mode=0o700)
+        return self.folder
+
+    def __exit__(self, failed: type[BaseException] | None, *rest: object) -> None:
+        if failed is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        sync_folder(self.folder)
+        self.folder.rename(self.place)
+        sync_folder(self.place.parent)
+        sync_folder(self.place.parent.parent)
+
+
+def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:
+    """Delete this rank's part of this run's older snapshots beside ``directory``, all but the ``keep`` newest.
+
+    Returns the snapshots that were deleted. Folders that are not snapshots of this run are left alone.
+    """
+    found = []
+    for other in directory.parent.iterdir():
+        folder = rank_folder(other, manifest.rank, manifest.world_size)
+        try:
+            known = read_manifest(folder / MANIFEST)
+        except (OSError, StoreError):
+            continue
+        if known.run == manifest.run:
+            found.append(((known.epoch, known.created), other))
+    deleted = []
+    for _, old in sorted(found)[:-keep]:
+        folder = rank_folder(old, manifest.rank, manifest.world_size)
+        (folder / MANIFEST).unlink()  # first: without it, it is no snapshot any more, wherever this is cut off
+        shutil.rmtree(folder)
+        try:
+            old.rmdir()  # when the last rank has left
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+        deleted.append(old)
+    return deleted

@@ -1,0 +1,168 @@
+"""One safetensors file that holds the state of all parameters whole, put together from the pieces in unit files.
+
+The bytes go from file to file in the kernel and never through this process's memory. The file is either for other
+tools (``export``), or has no name and is mapped into memory (``map_state``): what looks at a mapped tensor, such as
+``torch.save``, has its pages read from the disk one after another, and the kernel may drop them again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import format_bytes
+from .errors import StoreError
+from .folders import free_bytes
+from .manifest import DTYPES
+from .units import PAGE, Piece, StateTensor, SwapUnit, is_row_major
+
+# Smaller tensors are read into memory: a mapping takes whole pages, and a process may have some 65,000.
+_MAP_FROM = 64 << 10
+_COPY_BYTES = 8 << 20
+
+Place = Callable[[SwapUnit], tuple[Path, int]]
+"""A unit's file, and where in it the unit's bytes start."""
+
+
+class WholeTensor(NamedTuple):
+    """A state tensor of a parameter, and the pieces in which it is stored, in order."""
+
+    label: str
+    spec: StateTensor
+    pieces: Sequence[tuple[SwapUnit, Piece]]
+
+
+def map_state(tensors: Sequence[WholeTensor], place: Place, folder: Path) -> list[torch.Tensor]:
+    """The tensors, each in a mapping of its own of an unnamed file in ``folder``, which goes with the last of them.
+
+    They are the reader's own: what is written to them stays in memory, and later steps do not change them.
+
+    Raises:
+        StoreError: There is no space for the file. OSError: making it failed.
+    """
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end = -(-(end + tensor.spec.nbytes) // PAGE) * PAGE
+    check_room(folder, end, "the copy of the state that state_dict() hands out")
+    with tempfile.TemporaryFile(dir=folder, prefix=".state-") as file:  # without a name where the system can
+        _allocate(file.fileno(), end)
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            _copy_pieces(tensor, place, file.fileno(), offset)
+        return [_map(file.fileno(), tensor.spec, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
+
+
+def export(
+    path: Path,
+    tensors: Sequence[WholeTensor],
+    place: Place,
+    small: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, whole or not at all. ``small`` are further tensors.
+
+    Raises:
+        StoreError: There is no space for it. OSError: making it failed.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for label, shape, dtype, nbytes in [
+        *((t.label, t.spec.shape, t.spec.dtype, t.spec.nbytes) for t in tensors),
+        *((label, tuple(t.shape), t.dtype, t.nbytes) for label, t in small.items()),
+    ]:
+        entries[label] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    header = struct.pack("<Q", len(text)) + text
+    check_room(path.parent, len(header) + end, f"the file {path.name}")
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(header)
+            file.flush()
+            for tensor in tensors:
+                offset = len(header) + entries[tensor.label]["data_offsets"][0]
+                if is_row_major(tensor.spec):
+                    _copy_pieces(tensor, place, file.fileno(), offset)
+                else:  # stored in the order of its memory; a file has room for the order of dimensions only
+                    (mapped,) = map_state([tensor], place, path.parent)
+                    file.seek(offset)
+                    file.write(_bytes(mapped.contiguous()))
+            file.seek(len(header) + end - sum(tensor.nbytes for tensor in small.values()))
+            for value in small.values():
+                file.write(_bytes(value.detach().cpu().contiguous()))
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def check_room(folder: Path, nbytes: int, what: str) -> None:
+    """Raise StoreError unless ``folder`` has room for ``nbytes`` of ``what``."""
+    free = free_bytes(folder)
+    if nbytes > free:
+        raise StoreError(
+            f"no space for {what}: it needs {format_bytes(nbytes)}, and {format_bytes(free)} are free in {folder}"
+        )
+
+
+def _copy_pieces(tensor: WholeTensor, place: Place, target: int, offset: int) -> None:
+    for unit, piece in tensor.pieces:
+        path, data_start = place(unit)
+        stored = next(stored for stored in piece.tensors if stored.name == tensor.spec.name)
+        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _copy_range(source, data_start + stored.offset, target, offset, stored.nbytes, path)
+        finally:
+            os.close(source)
+        offset += stored.nbytes
+
+
+def _copy_range(source: int, begin: int, target: int, offset: int, nbytes: int, path: Path) -> None:
+    """Copy bytes from file to file, in the kernel where it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while nbytes > 0:
+        if in_kernel:
+            try:
+                count = os.copy_file_range(source, target, nbytes, begin, offset)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise
+                in_kernel = False
+                continue
+        else:
+            count = os.pwrite(target, os.pread(source, min(nbytes, _COPY_BYTES), begin), offset)
+        if count == 0:
+            raise OSError(errno.ENODATA, f"the file ends at byte {begin}, before the state in it does", str(path))
+        begin, offset, nbytes = begin + count, offset + count, nbytes - count
+
+
+def _map(fd: int, spec: StateTensor, offset: int) -> torch.Tensor:
+    if spec.nbytes >= _MAP_FROM:
+        data: Any = mmap.mmap(fd, spec.nbytes, access=mmap.ACCESS_COPY, offset=offset)
+    else:
+        data = bytearray(os.pread(fd, spec.nbytes, offset))
+    return torch.frombuffer(data, dtype=spec.dtype).as_strided(spec.shape, spec.stride)
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    if nbytes:
+        os.posix_fallocate(fd, 0, nbytes)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
+    import ctypes
+
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""

@@ -1,0 +1,67 @@
+"""One unit's file: a valid safetensors file whose data region is one aligned transfer.
+
+The header is padded so that the data starts on a page, and alignment gaps and the tail are named as padding entries.
+Tensors that are not contiguous, and runs of a larger tensor, are stored flat, in the order of their memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .manifest import DTYPES
+from .units import PAGE, StateTensor, SwapUnit, is_row_major
+
+
+def check_storable(tensor: StateTensor) -> None:
+    """Raise ConfigError for a dtype that a unit file cannot hold."""
+    if tensor.dtype not in DTYPES:
+        raise ConfigError(f"state {tensor.name!r} has dtype {tensor.dtype}, which cannot be stored")
+
+
+def make_unit_file(path: Path, header: bytes, nbytes: int) -> None:
+    """Make a file of ``nbytes`` that starts with the header."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+        if os.write(fd, header) != len(header):
+            raise OSError(errno.EIO, "the header was written in part", str(path))
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def unit_header(unit: SwapUnit) -> bytes:
+    """The safetensors header of a unit: 8 bytes of length, then JSON, padded with spaces to a whole page."""
+    entries: dict[str, Any] = {}
+    position = 0
+
+    def pad_to(offset: int) -> None:
+        if offset > position:
+            entries[f"__padding__.{len(entries)}"] = _entry("U8", [offset - position], position, offset)
+
+    for piece in unit.pieces:
+        for tensor in piece.tensors:
+            pad_to(tensor.offset)
+            position = tensor.offset + tensor.nbytes
+            shape = list(tensor.shape) if is_row_major(tensor) else [tensor.numel]
+            label = piece.tensor_label(tensor)
+            if label in entries:  # two groups may have parameters of the same name
+                label += f"#{len(entries)}"
+            entries[label] = _entry(DTYPES[tensor.dtype], shape, tensor.offset, position)
+    pad_to(unit.nbytes)
+    entries["__metadata__"] = {"format": "pt", "offload_opt": "unit 1"}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-(8 + len(text)) // PAGE) * PAGE - 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
