@@ -132,6 +132,8 @@ class SwapStore:
         self._commit: Future[None] | None = None
         self._committing: dict[SwapUnit, _UnitFile] = {}
         self._executor: ThreadPoolExecutor | None = None
+        self._owner = os.getpid()
+        self._names_changed = True  # in the folders of units, since they were brought to the device
         locks: list[int] = []
         self._release_locks = weakref.finalize(self, unlock, locks, os.getpid())
         try:
@@ -150,7 +152,7 @@ class SwapStore:
 
     def create(self, units: Sequence[SwapUnit]) -> None:
         """Make the files of new units, with their space allocated. Raises StoreError when the disks are full."""
-        if self.committed is None and not self._slots:
+        if not self._slots:
             self._delete_others()
         made: list[SwapUnit] = []
         try:
@@ -245,8 +247,11 @@ class SwapStore:
         """Wait for a commit that is under way. Raises OSError where it failed: the commit before it holds then."""
         if self._commit is None:
             return
-        commit, self._commit = self._commit, None
-        commit.result()
+        try:
+            self._commit.result()
+        finally:
+            if self._commit.done():  # else the wait was interrupted, and the commit goes on
+                self._commit = None
         for unit, file in self._committing.items():
             slots = self._slots[unit]
             left, slots.committed = slots.committed, file
@@ -267,13 +272,15 @@ class SwapStore:
         """On a thread of its own. Nothing that it looks at is changed before finish_commit()."""
         for write in writes:
             write.wait()
+        names_changed, self._names_changed = self._names_changed, False
         dirty = [file for file in self._committing.values() if not file.synced]
         assert self._executor is not None
         list(self._executor.map(_sync_data, [file.path for file in dirty]))
         for file in dirty:
             file.synced = True
         for index, folder in enumerate(self.folders):
-            sync_folder(folder / "units")
+            if names_changed:
+                sync_folder(folder / "units")
             if index and self.committed is None:
                 _write_part(folder, index, len(self.folders))
         write_manifest(self.folders[0] / MANIFEST, manifest)
@@ -340,8 +347,7 @@ class SwapStore:
 
     def bring(self, units: Mapping[SwapUnit, UnitRecord], source: Path) -> None:
         """Take up units from the snapshot folder ``source``: by links, or by copies from another file system."""
-        if self.committed is None:
-            self._delete_others()
+        self._delete_others()
         pairs, files = [], []
         try:
             for unit, record in units.items():
@@ -374,7 +380,7 @@ class SwapStore:
 
     def close(self) -> None:
         """Let go of the locks. The files stay. In a forked child: of its copies; the locks are the parent's."""
-        if self._executor is not None and self._release_locks.alive:
+        if self._executor is not None and self._owner == os.getpid():  # a child has its locks, but not its threads
             self._executor.shutdown(wait=False)
         self._release_locks()
         _open_stores.discard(self)
@@ -406,6 +412,7 @@ class SwapStore:
         raise self._no_space(unit, nbytes) from full
 
     def _new_path(self, folder: int, unit: SwapUnit) -> Path:
+        self._names_changed = True
         units = self.folders[folder] / "units"
         names = (units / f"unit-{unit.index:05d}.{number}.safetensors" for number in self._numbers[unit.index])
         return next(path for path in names if not path.exists())
@@ -483,7 +490,7 @@ class SwapStore:
     def _delete_others(self) -> None:
         """Delete unit files of earlier runs, which neither this one nor the last commit has a use for."""
         own = {file.path for slots in self._slots.values() for file in (slots.current, *slots.spares)}
-        for file in set(self._files()) - own - self._named_by_commit():
+        for file in set(self._files()) - own - set(self._retired) - self._named_by_commit():
             file.unlink()
 
     def _check_order(self) -> None:
