@@ -18,8 +18,9 @@ SOURCE := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-demo: $(VENV)/.examples | $(DIR)  ## train a GPT in memory and on disk, side by side (three minutes)
-	$(BIN)/python examples/train_gpt.py --compare --offload $(DIR)/demo
+demo: $(VENV)/.examples  ## train a GPT in memory and on disk, side by side (three minutes)
+	@mkdir -p "$(DIR)"
+	$(BIN)/python examples/train_gpt.py --compare --offload "$(DIR)/demo"
 
 test: $(VENV)/.dev build/native/test_core  ## every test, and 400 fault plans (a few minutes)
 	$(call plans,native,400)
@@ -31,10 +32,12 @@ lint: $(VENV)/.dev  ## ruff, mypy and clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/native/*.cpp tests/native/*.h
 
-bench: $(VENV)/.dev | $(DIR)  ## the benchmarks; DIR=/mnt/nvme chooses the drive
-	$(BIN)/python benchmarks/aio.py $(DIR)
-	$(BIN)/python benchmarks/step.py $(DIR)
-	$(BIN)/python benchmarks/memory.py $(DIR)
+bench: $(VENV)/.dev  ## the benchmarks; DIR=/mnt/nvme chooses the drive
+	@mkdir -p "$(DIR)"
+	$(BIN)/python benchmarks/aio.py "$(DIR)"
+	$(BIN)/python benchmarks/step.py "$(DIR)"
+	$(BIN)/python benchmarks/memory.py "$(DIR)"
+	$(BIN)/python benchmarks/store.py "$(DIR)"
 
 sanitize: build/address/test_core build/thread/test_core  ## the C++ core under ASan+UBSan and under TSan
 	build/address/test_core build
@@ -74,13 +77,10 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCE)
 build/address/test_core: FLAGS = -DCMAKE_BUILD_TYPE=Debug -DOFFLOAD_OPT_SANITIZE=address,undefined
 build/thread/test_core: FLAGS = -DCMAKE_BUILD_TYPE=Debug -DOFFLOAD_OPT_SANITIZE=thread
 build/%/test_core: $(VENV)/.dev $(wildcard tests/native/*) $(SOURCE)
-	$(BIN)/cmake -S csrc -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	$(BIN)/cmake -S csrc -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM="$$(readlink -f $(BIN)/ninja)" \
 	  -DOFFLOAD_OPT_PYTHON=OFF -DOFFLOAD_OPT_NATIVE_TESTS=ON $(FLAGS)
 	$(BIN)/cmake --build build/$*
 
 # $(call plans,BUILD,COUNT): plans 1 to COUNT, by a hundred. They wait more than they compute, so four run at once; all
 # see the same faults each time, but never the same timing.
 plans = seq 1 100 $(2) | xargs -P 4 -I FIRST build/$(1)/test_core build --plans FIRST 100
-
-$(DIR):
-	mkdir -p $@

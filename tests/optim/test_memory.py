@@ -19,3 +19,15 @@ def test_peak_memory_stays_within_host_memory_and_32_mib(tmp_path: Path) -> None
     growth = json.loads(done.stdout.splitlines()[-1])["growth_bytes"]
     assert growth["offloaded"] <= (32 + 32) << 20
     assert growth["memory"] > 256 << 20, "the run in memory is to show that the measurement sees the state"
+
+
+def test_saving_and_loading_take_hardly_any_memory(tmp_path: Path) -> None:
+    options = ["--only", "memory", "--saved", "256MiB", "--no-save"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "store.py", tmp_path, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout.splitlines()[-1])["memory"]
+    assert peak["save"] <= 64 << 20
+    assert peak["load"] <= 64 << 20
+    assert peak["hold"] > 256 << 20, "the run that holds the state is to show that the measurement sees it"
