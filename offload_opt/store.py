@@ -180,6 +180,14 @@ class SwapStore:
                 else:
                     file.path.unlink(missing_ok=True)
 
+    def retire_all(self) -> None:
+        """Once all units are forgotten: what the last commit names goes with the next one, and what else is there now.
+
+        Files of an earlier run are among them, of which no unit here has ever known.
+        """
+        self._retired = sorted({*self._retired, *self._named_by_commit()})
+        self._delete_others()
+
     def path_of(self, unit: SwapUnit) -> Path:
         """The file with the newest bytes of a unit."""
         return self._slots[unit].current.path
@@ -485,7 +493,7 @@ class SwapStore:
     def _delete_others(self) -> None:
         """Delete unit files of earlier runs, which neither this one nor the last commit has a use for."""
         own = {file.path for slots in self._slots.values() for file in (slots.current, *slots.spares)}
-        for file in set(self._files()) - own - self._named_by_commit():
+        for file in set(self._files()) - own - self._named_by_commit() - set(self._retired):
             file.unlink()
 
     def _check_order(self) -> None:
