@@ -112,7 +112,8 @@ class Checkpointer:
             self.commit(groups, extra, wait=True)
             return
         with Snapshot(directory, self._rank, self._world_size) as folder:
-            self._snapshots = [path for path in self._snapshots if Path(path).exists()] + [str(directory)]
+            listed = os.fsencode(directory).decode(errors="replace")  # a path may be no Unicode; a manifest is
+            self._snapshots = [path for path in self._snapshots if Path(path).exists()] + [listed]
             if self._is_durable:
                 manifest = self.commit(groups, extra, wait=True)
             else:
@@ -138,6 +139,7 @@ class Checkpointer:
                 )
         self._manager.forget_all()
         self._weights.forget()
+        self._store.retire_all()
         try:
             self._take_up(found, directory, groups)
             if found.manifest.weights is not None:
@@ -251,7 +253,7 @@ class Checkpointer:
             plan, _ = found.states[record.key]
             chunking = plan.chunking
             now = (chunking.threads, chunking.cuts_anywhere, chunking.max_elements)
-            if record.chunking != now or record.stride != plan.stride:
+            if record.chunking != now or record.stride != plan.stride or record.name != plan.name:
                 return False
         return all(unit.device == found.states[piece.key][0].device for unit in found.units for piece in unit.pieces)
 

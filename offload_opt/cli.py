@@ -1,4 +1,5 @@
-"""The command ``offload-opt``: what a machine offers (doctor), how fast a drive is (bench), what suits it (tune)."""
+"""The command ``offload-opt``: what a machine offers (doctor), how fast a drive is (bench), what suits it (tune), and
+what is in a store (inspect) and whether it is still what was written (verify)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,16 @@ from typing import NoReturn, cast
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -30,8 +40,11 @@ from .aio import AioHandle, engines
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .config import ENGINES, AioConfig, format_bytes, parse_bytes
 from .doctor import Finding, describe, examine_folder, examine_machine
-from .errors import ConfigError, OffloadError
+from .errors import ConfigError, OffloadError, StoreError
+from .inspection import NothingCommittedError, RankSummary, find_ranks, summarise
+from .screens import print_store, print_verified
 from .tuning import Tuned, save_tuned, tune
+from .verification import verify
 
 _WIDEST = 110  # columns: beyond, the eye does not find the next line
 _DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
@@ -112,6 +125,48 @@ def _tune(args: argparse.Namespace) -> int:
     file = save_tuned(args.path, found)
     console.print(Text(f"Saved in {file}: OffloadOptimizer uses it from now on."), soft_wrap=True)
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    stores: dict[Path, list[RankSummary]] = {}
+    content: list[dict[str, object]] = []
+    failures, uncommitted = [], []
+    for place in find_ranks(args.paths):
+        try:
+            found = summarise(place)
+        except NothingCommittedError as error:
+            content.append({"folder": str(place.folder), "epoch": None})
+            uncommitted.append(str(error))
+        except StoreError as error:
+            content.append({"folder": str(place.folder), "error": str(error)})
+            failures.append(str(error))
+        else:
+            content.append(dataclasses.asdict(found))
+            stores.setdefault(place.folder.parent, []).append(found)
+    if args.json:
+        print(json.dumps({"offload_opt": version("offload_opt"), "ranks": content}, indent=2))
+    else:
+        console = _console()
+        for store, ranks in stores.items():
+            print_store(console, store, ranks)
+        for nothing in uncommitted:
+            console.print(Text(f"{nothing}."), soft_wrap=True)
+    for failure in failures:
+        _fail(failure)
+    return int(bool(failures))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    places = find_ranks(args.paths)
+    with _byte_progress() as advance:
+        reports = verify(places, advance)
+    is_whole = all(report.is_whole for report in reports)
+    if args.json:
+        content = [dataclasses.asdict(report) for report in reports]
+        print(json.dumps({"offload_opt": version("offload_opt"), "is_whole": is_whole, "ranks": content}, indent=2))
+    else:
+        print_verified(_console(), reports)
+    return int(not is_whole)
 
 
 def _compare(
@@ -249,11 +304,24 @@ def _print_tuned(console: Console, folder: Path, found: Tuned, default: Tuned) -
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[float, str], None]]:
     """A progress bar on stderr, where that is a terminal. Yields what sets the part that is done and the text."""
+    with _bar(BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as update:
+        yield lambda part, text: update(part, 1.0, text)
+
+
+@contextlib.contextmanager
+def _byte_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """As ``_progress``, of bytes. Yields what sets those that are done, all of them, and the text."""
+    with _bar(BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()) as update:
+        yield update
+
+
+@contextlib.contextmanager
+def _bar(*columns: ProgressColumn) -> Iterator[Callable[[float, float, str], None]]:
     console = Console(stderr=True)
-    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=1.0)
-        yield lambda part, text: progress.update(bar, completed=part, description=escape(text))
+    text = TextColumn("{task.description}")
+    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda done, total, text: progress.update(bar, completed=done, total=total, description=escape(text))
 
 
 def _fail(message: str) -> int:
@@ -323,19 +391,41 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--seconds", type=_seconds, default=40.0, metavar="S", help=seconds)
     tune.add_argument("--dry-run", action="store_true", help="only print what is found")
     tune.set_defaults(run=_tune)
+
+    text = "say what a store or a snapshot holds, from its manifests"
+    inspect = commands.add_parser("inspect", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    _add_stores(inspect, "what is found")
+    inspect.set_defaults(run=_inspect)
+
+    text = "read all of a store or a snapshot, and say what is not as it was written"
+    verify = commands.add_parser(
+        "verify", help=text, description=f"{text[0].upper()}{text[1:]}. The exit status is 1 where something is not."
+    )
+    _add_stores(verify, "the findings")
+    verify.set_defaults(run=_verify)
     return parser
+
+
+def _add_stores(parser: argparse.ArgumentParser, what: str) -> None:
+    text = "the path that OffloadOptimizer was given (all of them, where those were several), or a snapshot's folder"
+    parser.add_argument("paths", nargs="+", type=_store, metavar="STORE", help=text)
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
 
 
 def _of(text: str) -> str:
     return f"{text} (default: %(default)s)"
 
 
-def _folder(text: str) -> Path:
+def _store(text: str) -> Path:
+    return _folder(text, missing="does not exist")
+
+
+def _folder(text: str, missing: str = "does not exist: make the folder first") -> Path:
     path = Path(text)
     try:
         if text and path.is_dir():
             return path
-        wrong = "is not a folder" if text and path.exists() else "does not exist: make the folder first"
+        wrong = "is not a folder" if text and path.exists() else missing
     except OSError as error:
         wrong = f"cannot be looked at: {error.strerror}"
     raise argparse.ArgumentTypeError(f"{text!r} {wrong}")

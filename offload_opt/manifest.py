@@ -15,19 +15,23 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import torch
 import xxhash
 
 from .errors import ConfigError, StoreError
-from .units import Piece, StateTensor, SwapUnit, is_dense
+from .units import PAGE, Piece, StateTensor, SwapUnit, is_dense
 
 MANIFEST = "MANIFEST.json"
+PART = "PART.json"
+"""What the other folders of a store have in the manifest's place: [number of the folder, folders]."""
 _FORMAT = "offload_opt manifest"
 _VERSION = 1
-_UNIT_FILE = re.compile(r"unit-\d{5,9}\.\d{1,9}\.safetensors")
+# What msgspec raises for bytes that it cannot read.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.[0-9]{1,9}\.safetensors")
 
 DTYPES = {
     torch.float64: "F64",
@@ -105,39 +109,26 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     units: list[UnitRecord]
 
     def swap_units(self, where: Path) -> list[SwapUnit]:
-        """The units, checked: no tensor outside its unit, no element missing or there twice. Raises StoreError."""
+        """The units, checked: no tensor outside its unit, no byte or element missing or there twice.
 
-        def refuse(index: int, why: str) -> NoReturn:
-            raise StoreError(f"{where} is damaged: unit {index} ({self.units[index].file}) {why}")
-
+        Raises StoreError, which names the manifest ``where``.
+        """
         units = []
         covered: list[list[tuple[int, int]]] = [[] for _ in self.parameters]
+        files = set()
         for index, record in enumerate(self.units):
-            if not _UNIT_FILE.fullmatch(record.file):
-                refuse(index, "has a name that is not a unit file's, and may point outside the store")
-            pieces = []
+            try:
+                _check_file(record)
+                if (record.folder, record.file) in files:
+                    raise StoreError("has the file of another unit")
+                files.add((record.folder, record.file))
+                pieces = tuple(self._piece(piece, record) for piece in record.pieces)
+                _check_apart(pieces)
+            except StoreError as error:
+                raise StoreError(f"{where} is damaged: unit {index} ({record.file}) {error}") from None
             for piece in record.pieces:
-                if not 0 <= piece.parameter < len(self.parameters):
-                    refuse(index, f"names parameter {piece.parameter}, which is not there")
-                owner = self.parameters[piece.parameter]
-                run = [piece.start, *piece.cuts[1:-1], piece.stop]
-                if piece.cuts != run or any(a >= b for a, b in itertools.pairwise(run)):
-                    refuse(index, f"has a piece of {owner.name} with cuts that do not fit it")
-                tensors = tuple(_state_tensor(tensor) for tensor in piece.tensors)
-                if any(not _lies_in(tensor, record.nbytes) for tensor in tensors):
-                    refuse(index, f"has state of {owner.name} outside its {record.nbytes} bytes")
-                whole = tuple(tensor.name for tensor in owner.tensors)
-                if tuple(tensor.name for tensor in tensors) != whole:
-                    refuse(index, f"does not hold the state of {owner.name} that the parameter has")
-                if not piece.is_whole and any(t.shape != (piece.stop - piece.start,) for t in tensors):
-                    refuse(index, f"has state of {owner.name} in a size that is not its elements'")
                 covered[piece.parameter].append((piece.start, piece.stop))
-                key = (owner.key[0], owner.key[1])
-                small = decode_mapping(piece.resident)
-                pieces.append(
-                    Piece(key, owner.name, piece.start, piece.stop, tuple(piece.cuts), piece.is_whole, tensors, small)
-                )
-            units.append(SwapUnit(index, tuple(pieces), record.nbytes, _device(record.device, where), is_blank=False))
+            units.append(SwapUnit(index, pieces, record.nbytes, _device(record.device, where), is_blank=False))
         for owner, runs in zip(self.parameters, covered, strict=True):
             expected = math.prod(owner.shape) if owner.tensors else 0
             end = 0
@@ -148,6 +139,31 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if end != expected:
                 raise StoreError(f"{where} is damaged: it has {end} of the {expected} elements of {owner.name}")
         return units
+
+    def _piece(self, record: PieceRecord, unit: UnitRecord) -> Piece:
+        """A piece, checked against its parameter and its unit. Raises StoreError with what is wrong with the unit."""
+        if not 0 <= record.parameter < len(self.parameters):
+            raise StoreError(f"names parameter {record.parameter}, which is not there")
+        owner = self.parameters[record.parameter]
+        run = [record.start, *record.cuts[1:-1], record.stop]
+        if record.cuts != run or any(a >= b for a, b in itertools.pairwise(run)):
+            raise StoreError(f"has a piece of {owner.name} with cuts that do not fit it")
+        tensors = tuple(_state_tensor(tensor) for tensor in record.tensors)
+        if any(not _lies_in(tensor, unit.nbytes) for tensor in tensors):
+            raise StoreError(f"has state of {owner.name} outside its {unit.nbytes} bytes")
+        if [(t.name, t.dtype) for t in record.tensors] != [(t.name, t.dtype) for t in owner.tensors]:
+            raise StoreError(f"does not hold the state of {owner.name} that the parameter has")
+        if record.is_whole:
+            fits = (record.start, record.stop) == (0, math.prod(owner.shape))
+            fits = fits and [t.shape for t in tensors] == [t.shape for t in owner.tensors]
+        else:
+            fits = all(t.shape == (record.stop - record.start,) for t in tensors)
+        if not fits:
+            raise StoreError(f"has state of {owner.name} in a size that is not its elements'")
+        key = (owner.key[0], owner.key[1])
+        small = decode_mapping(record.resident)
+        cuts = tuple(record.cuts)
+        return Piece(key, owner.name, record.start, record.stop, cuts, record.is_whole, tensors, small)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,7 +193,12 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def checksum(data: Any) -> str:
     """The checksum of a manifest's body or of a unit's bytes: 128 bits of XXH3."""
-    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+    return digest(xxhash.xxh3_128(data))
+
+
+def digest(hasher: xxhash.xxh3_128) -> str:
+    """The checksum of the bytes that ``hasher`` was given."""
+    return f"xxh3_128:{hasher.hexdigest()}"
 
 
 def checksum_of(data: torch.Tensor) -> str:
@@ -197,7 +218,7 @@ def read_manifest(path: Path) -> Manifest:
         text = file.read()
     try:
         envelope = msgspec.json.decode(text, type=_Envelope)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise StoreError(f"{path} is truncated or damaged, or not a manifest of a store: {error}") from None
     if envelope.format != _FORMAT:
         raise StoreError(f"{path} is not a manifest of a store: its format is {envelope.format!r}")
@@ -210,7 +231,7 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(f"{path} is damaged: its bytes do not have the checksum {envelope.checksum}")
     try:
         return msgspec.json.decode(envelope.body, type=Manifest)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise StoreError(f"{path} is not a valid manifest: {error}") from None
 
 
@@ -228,6 +249,22 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     sync_folder(path.parent)
 
 
+def read_part(folder: Path) -> tuple[int, int] | None:
+    """(number of the folder, folders of its store), or None where it does not say. Raises StoreError for bad bytes."""
+    try:
+        return msgspec.json.decode((folder / PART).read_bytes(), type=tuple[int, int])
+    except FileNotFoundError:
+        return None
+    except _UNREADABLE:
+        raise StoreError(f"{folder / PART} is damaged: it should be [folder, folders]") from None
+
+
+def write_part(folder: Path, index: int, count: int) -> None:
+    """Say in a folder of a store, other than the first, which it is."""
+    (folder / PART).write_bytes(msgspec.json.encode((index, count)))
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the device."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -241,23 +278,26 @@ def sync_folder(folder: Path) -> None:
 
 
 def encode_value(value: Any, what: str) -> Any:
-    """A value as JSON that ``decode_value`` turns into the same value: bits of floats, tuples, tensors and bytes.
+    """A value as JSON that ``decode_value`` turns into the same value: floats to the bit, tuples, tensors and bytes.
 
     Raises ConfigError, with ``what`` in the message, for a value of another type.
     """
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool):
         return value
+    # What derives from these, such as numpy's float64, comes back as the plain type.
+    if isinstance(value, str):
+        return _text(value, what)
     if isinstance(value, int):
-        return value if -(2**63) <= value < 2**63 else {"$int": str(value)}
+        return int(value) if -(2**63) <= value < 2**63 else {"$int": hex(value)}
     if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": repr(value)}
+        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, list):
         return [encode_value(item, what) for item in value]
     if isinstance(value, tuple):
         return {"$tuple": [encode_value(item, what) for item in value]}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: encode_value(item, f"{what}[{key!r}]") for key, item in value.items()}
+            return {_text(key, what): encode_value(item, f"{what}[{key!r}]") for key, item in value.items()}
         return {"$dict": [[encode_value(k, what), encode_value(v, f"{what}[{k!r}]")] for k, v in value.items()]}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
@@ -271,6 +311,15 @@ def encode_value(value: Any, what: str) -> Any:
     )
 
 
+def _text(value: str, what: str) -> str:
+    try:
+        return value.encode().decode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{what} has a string that is not valid Unicode, which a store cannot hold: {value!r}"
+        ) from None
+
+
 def decode_value(value: Any) -> Any:
     """The value that ``encode_value`` was given. Tensors are on the CPU. Raises StoreError for what it never gives."""
     if isinstance(value, list):
@@ -282,7 +331,7 @@ def decode_value(value: Any) -> Any:
     try:
         ((tag, content),) = value.items()
         if tag == "$int":
-            return int(content)
+            return int(content, 0)
         if tag == "$float":
             return float(content)
         if tag == "$tuple":
@@ -344,6 +393,22 @@ def _state_tensor(record: TensorRecord) -> StateTensor:
     if len(record.shape) != len(record.stride) or min(record.shape, default=1) < 0 or min(record.stride, default=0) < 0:
         raise StoreError(f"the manifest has state {record.name!r} of an impossible shape")
     return StateTensor(record.name, dtype, record.shape, record.stride, record.offset)
+
+
+def _check_file(record: UnitRecord) -> None:
+    if not _UNIT_FILE.fullmatch(record.file):
+        raise StoreError("has a name that is not a unit file's, and may point outside the store")
+    if min(record.data_start, record.nbytes) <= 0 or record.data_start % PAGE or record.nbytes % PAGE:
+        raise StoreError(f"has {record.nbytes} bytes from byte {record.data_start} on, which are not whole pages")
+
+
+def _check_apart(pieces: Sequence[Piece]) -> None:
+    """Raise StoreError where state tensors of a unit share bytes."""
+    ends = 0
+    for tensor in sorted((t for piece in pieces for t in piece.tensors), key=lambda tensor: tensor.offset):
+        if tensor.offset < ends:
+            raise StoreError(f"has state {tensor.name!r} at byte {tensor.offset}, within other state")
+        ends = tensor.offset + tensor.nbytes
 
 
 def _lies_in(tensor: StateTensor, nbytes: int) -> bool:

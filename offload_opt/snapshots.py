@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from .config import format_bytes
 from .errors import StoreError
 from .folders import free_bytes, rank_folder
@@ -54,6 +51,10 @@ def link_or_copy(pairs: Sequence[FilePair], what: str) -> set[Path]:
 
 
 def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
+    # Here, so that importing the package does not import it.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     nbytes = sum(pair.nbytes for pair in pairs)
     folder = pairs[0].target.parent
     free = free_bytes(folder)

@@ -36,14 +36,17 @@ from .errors import ConfigError, StoreError
 from .folders import UNIT_FILES, free_bytes, lock, unlock
 from .manifest import (
     MANIFEST,
+    PART,
     Layout,
     Manifest,
     UnitRecord,
     checksum_of,
     piece_records,
     read_manifest,
+    read_part,
     sync_folder,
     write_manifest,
+    write_part,
 )
 from .snapshots import FilePair, link_or_copy
 from .unit_file import make_unit_file, unit_header
@@ -54,7 +57,6 @@ if TYPE_CHECKING:
 
 # Flushes that run at once: the kernel makes one of those that wait for the same device.
 _SYNC_THREADS = 8
-_PART = "PART.json"
 
 # A forked child shares the lock's open file, and would hold the store after its parent has let go of it or has died.
 _open_stores: weakref.WeakSet[SwapStore] = weakref.WeakSet()
@@ -180,6 +182,14 @@ class SwapStore:
                 else:
                     file.path.unlink(missing_ok=True)
 
+    def retire_all(self) -> None:
+        """Once all units are forgotten: what the last commit names goes with the next one, and what else is there now.
+
+        Files of an earlier run are among them, of which no unit here has ever known.
+        """
+        self._retired = sorted({*self._retired, *self._named_by_commit()})
+        self._delete_others()
+
     def path_of(self, unit: SwapUnit) -> Path:
         """The file with the newest bytes of a unit."""
         return self._slots[unit].current.path
@@ -282,7 +292,7 @@ class SwapStore:
             if names_changed:
                 sync_folder(folder / "units")
             if index and self.committed is None:
-                _write_part(folder, index, len(self.folders))
+                write_part(folder, index, len(self.folders))
         write_manifest(self.folders[0] / MANIFEST, manifest)
         self.committed = manifest
 
@@ -375,7 +385,7 @@ class SwapStore:
         (self.folders[0] / MANIFEST).unlink(missing_ok=True)
         sync_folder(self.folders[0])
         for folder in self.folders[1:]:
-            (folder / _PART).unlink(missing_ok=True)
+            (folder / PART).unlink(missing_ok=True)
         self.committed = None
 
     def close(self) -> None:
@@ -498,13 +508,8 @@ class SwapStore:
         for index, folder in enumerate(self.folders):
             if index and (folder / MANIFEST).exists():
                 raise ConfigError(f"{folder} is the first folder of a store: give the paths in the order of its run")
-            if not (folder / _PART).exists():
-                continue
-            try:
-                part = msgspec.json.decode((folder / _PART).read_bytes(), type=tuple[int, int])
-            except msgspec.DecodeError:
-                raise StoreError(f"{folder / _PART} is damaged: it should be [folder, folders]") from None
-            if part != (index, len(self.folders)):
+            part = read_part(folder)
+            if part and part != (index, len(self.folders)):
                 raise ConfigError(
                     f"{folder} is folder {part[0] + 1} of {part[1]} of a store, and is given as {index + 1} of "
                     f"{len(self.folders)}: give all of its paths, in the order of its run"
@@ -555,8 +560,3 @@ def _sync_data(path: Path) -> None:
         raise
     finally:
         os.close(fd)
-
-
-def _write_part(folder: Path, index: int, count: int) -> None:
-    (folder / _PART).write_bytes(msgspec.json.encode((index, count)))
-    sync_folder(folder)

@@ -19,7 +19,7 @@ LAYERS = [
     ["swap_manager"],
     ["pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
-    ["doctor", "cli"],
+    ["doctor", "inspection", "verification", "screens", "cli"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 # Importer and imported: for type annotations only.

@@ -1,0 +1,81 @@
+"""What was wrong with stores, commits and snapshots."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offload_opt import OffloadOptimizer, verification
+from offload_opt.inspection import find_ranks
+from tests.optim.support import adam
+
+
+def make(store: Path, *names: str, **fields: Any) -> OffloadOptimizer:
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(30_000))
+    parameter.grad = torch.ones_like(parameter)
+    return OffloadOptimizer(adam([(name, parameter) for name in names] or [parameter]), store, **fields)
+
+
+def test_unit_files_have_the_names_of_the_run_that_goes_on_with_them(store: Path) -> None:
+    # Units were taken up as they were, with the names of the run before in their headers, which the manifest had not.
+    with make(store) as optimizer:
+        optimizer.step()
+        optimizer.snapshot()
+    with make(store, "weight") as optimizer:
+        optimizer.restore()
+        optimizer.step()
+        optimizer.snapshot()
+        (report,) = verification.verify(find_ranks([store]), lambda *_: None)
+        assert report.is_whole, report
+    names = {name for file in store.glob("*/units/*") for name in load_file(file) if not name.startswith("__")}
+    assert names == {"weight.exp_avg", "weight.exp_avg_sq"}
+
+
+@pytest.mark.parametrize("source", ["commit", "snapshot"])
+def test_files_of_a_commit_that_was_laid_out_anew_are_deleted(store: Path, source: str) -> None:
+    # They stayed until the store was opened again, beside the new ones: up to twice the space.
+    with make(store, host_memory="2MiB") as optimizer:
+        optimizer.step()
+        optimizer.snapshot(store / "snapshot")
+    with make(store, host_memory="200KiB" if source == "commit" else "2MiB") as optimizer:
+        optimizer.restore(None if source == "commit" else store / "snapshot")
+        for _ in range(2):
+            optimizer.step()
+            optimizer.snapshot()
+        files = len(list(store.glob("rank-*/units/*")))
+    (report,) = verification.verify(find_ranks([store]), lambda *_: None)
+    assert (report.is_whole, files) == (True, 2 * report.units)
+
+
+def test_a_learning_rate_that_numpy_computed_can_be_committed(store: Path) -> None:
+    # The commit failed on its thread: JSON is made of floats themselves only.
+    numpy = pytest.importorskip("numpy")
+    with make(store) as optimizer:
+        optimizer.param_groups[0]["lr"] = numpy.float64(0.125)
+        optimizer.step()
+        optimizer.snapshot()
+    with make(store) as optimizer:
+        optimizer.restore()
+        assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_a_snapshot_in_a_folder_whose_name_is_no_unicode(store: Path) -> None:
+    # Its path did not go into the manifest, and the snapshot failed.
+    place = Path(os.fsdecode(bytes(store) + b"/caf\xe9"))
+    try:
+        place.mkdir()
+        place.rmdir()
+    except OSError:
+        pytest.skip("the file system has Unicode names only")
+    with make(store) as optimizer:
+        for name in ("first", "second"):
+            optimizer.step()
+            optimizer.snapshot(place / name)
+        optimizer.restore(place / "first")
+        assert optimizer.epoch == 1
