@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from .errors import ConfigError, StoreError
+from .folders import sync_folder
 from .units import Piece, StateTensor, SwapUnit, is_dense
 
 MANIFEST = "MANIFEST.json"
@@ -226,15 +227,6 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the device."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # Values: what JSON has no word for is an object with one key that starts with "$".
