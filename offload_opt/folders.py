@@ -89,6 +89,18 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a small file in place, whole or not at all, and on the device when it returns."""
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder that is there, with the parents that are missing, also after the power went.
 

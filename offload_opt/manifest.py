@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from .errors import ConfigError, StoreError
-from .folders import sync_folder
+from .folders import replace_file
 from .units import Piece, StateTensor, SwapUnit, is_dense
 
 MANIFEST = "MANIFEST.json"
@@ -219,14 +219,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """Put a manifest in place, whole or not at all, and on the device when it returns."""
     body = msgspec.json.encode(manifest)
     envelope = _Envelope(format=_FORMAT, version=_VERSION, checksum=checksum(body), body=msgspec.Raw(body))
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(envelope))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    replace_file(path, msgspec.json.encode(envelope))
 
 
 # Values: what JSON has no word for is an object with one key that starts with "$".

@@ -33,7 +33,7 @@ import torch
 
 from .config import format_bytes
 from .errors import ConfigError, StoreError
-from .folders import UNIT_FILES, free_bytes, lock, make_folder, sync_folder, unlock
+from .folders import UNIT_FILES, free_bytes, lock, make_folder, replace_file, sync_folder, unlock
 from .manifest import (
     MANIFEST,
     Layout,
@@ -274,7 +274,7 @@ class SwapStore:
         for index, folder in enumerate(self.folders):
             sync_folder(folder / "units")
             if index and self.committed is None:
-                _write_part(folder, index, len(self.folders))
+                replace_file(folder / _PART, msgspec.json.encode((index, len(self.folders))))
         write_manifest(self.folders[0] / MANIFEST, manifest)
         self.committed = manifest
 
@@ -547,8 +547,3 @@ def _sync_data(path: Path) -> None:
         raise
     finally:
         os.close(fd)
-
-
-def _write_part(folder: Path, index: int, count: int) -> None:
-    (folder / _PART).write_bytes(msgspec.json.encode((index, count)))
-    sync_folder(folder)
