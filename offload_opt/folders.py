@@ -80,6 +80,44 @@ def _other_state(folders: Sequence[Path]) -> str:
     return f"; other ranks or earlier runs have {listed}, which can be deleted if no run uses it"
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the device."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a small file in place, whole or not at all, and on the device when it returns."""
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that is there, with the parents that are missing, also after the power went.
+
+    Where there is one already it may have been made by a process that died before its name was on the device. Not so a
+    folder in one that we may not read.
+    """
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    is_new = not folder.exists()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        sync_folder(folder.parent)
+    except PermissionError:
+        if is_new:
+            raise
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that may still be written to files in ``folder``."""
     disk = os.statvfs(folder)

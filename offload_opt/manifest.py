@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from .errors import ConfigError, StoreError
+from .folders import replace_file
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_dense
 
 MANIFEST = "MANIFEST.json"
@@ -239,14 +240,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """Put a manifest in place, whole or not at all, and on the device when it returns."""
     body = msgspec.json.encode(manifest)
     envelope = _Envelope(format=_FORMAT, version=_VERSION, checksum=checksum(body), body=msgspec.Raw(body))
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(envelope))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    replace_file(path, msgspec.json.encode(envelope))
 
 
 def read_part(folder: Path) -> tuple[int, int] | None:
@@ -261,17 +255,7 @@ def read_part(folder: Path) -> tuple[int, int] | None:
 
 def write_part(folder: Path, index: int, count: int) -> None:
     """Say in a folder of a store, other than the first, which it is."""
-    (folder / PART).write_bytes(msgspec.json.encode((index, count)))
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the device."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    replace_file(folder / PART, msgspec.json.encode((index, count)))
 
 
 # Values: what JSON has no word for is an object with one key that starts with "$".

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from .config import format_bytes
 from .errors import StoreError
-from .folders import free_bytes, rank_folder
-from .manifest import MANIFEST, Manifest, read_manifest, sync_folder
+from .folders import free_bytes, make_folder, rank_folder, sync_folder
+from .manifest import MANIFEST, Manifest, read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Snapshot:
             raise StoreError(
                 f"there is a snapshot in {self.place.parent} already, and snapshots never change: name another folder"
             )
-        self.place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.place.parent)
         if self.folder.exists():  # left by a process that was killed
             shutil.rmtree(self.folder)
         for path in (self.folder, self.folder / "units"):
@@ -114,7 +114,6 @@ class Snapshot:
         sync_folder(self.folder)
         self.folder.rename(self.place)
         sync_folder(self.place.parent)
-        sync_folder(self.place.parent.parent)
 
 
 def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:

@@ -33,7 +33,7 @@ import torch
 
 from .config import format_bytes
 from .errors import ConfigError, StoreError
-from .folders import UNIT_FILES, free_bytes, lock, unlock
+from .folders import UNIT_FILES, free_bytes, lock, make_folder, sync_folder, unlock
 from .manifest import (
     MANIFEST,
     PART,
@@ -44,7 +44,6 @@ from .manifest import (
     piece_records,
     read_manifest,
     read_part,
-    sync_folder,
     write_manifest,
     write_part,
 )
@@ -141,7 +140,7 @@ class SwapStore:
         try:
             for folder in self.folders:
                 for path in (folder, folder / "units"):
-                    path.mkdir(mode=0o700, exist_ok=True)
+                    make_folder(path)
                 locks.append(lock(folder / "LOCK"))
             self._check_order()
             self.committed = self._read_committed()
