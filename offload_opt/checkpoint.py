@@ -89,6 +89,11 @@ class Checkpointer:
         self._undecided = store.committed is not None
         self.epoch = 0
 
+    @property
+    def committed_epoch(self) -> int | None:
+        """Of the last commit that has ended; None before the first."""
+        return None if self._store.committed is None else self._store.committed.epoch
+
     def check_started(self) -> None:
         """Raise StoreError while the store has a committed epoch that nobody has decided about."""
         if self._undecided and self._store.committed is not None:

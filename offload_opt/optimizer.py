@@ -232,6 +232,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Steps that the state has been through, over all runs: ``restore()`` brings the number back."""
         return self._checkpointer.epoch
 
+    @property
+    def committed_epoch(self) -> int | None:
+        """The epoch of the store's last commit, which ``restore()`` goes back to; None where there is none."""
+        return self._checkpointer.committed_epoch
+
     def snapshot(
         self, directory: str | os.PathLike[str] | None = None, extra: Any = None, *, keep: int | None = None
     ) -> None:

@@ -55,3 +55,12 @@ def test_train_accelerate(processes: int, tmp_path: Path) -> None:
     ranks = [f"rank-{rank:05d}-of-{processes:05d}" for rank in range(processes)]
     assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ranks
     assert all(any((tmp_path / "state" / rank / "units").iterdir()) for rank in ranks)
+
+
+def test_resume_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    options = ["--kills", "2", "--steps", "12", "--width", "64", "--context", "32", "--host-memory", "512KiB"]
+    table = run(sys.executable, EXAMPLES / "resume.py", tmp_path / "drive", *options)
+    assert len(re.findall(r"killed in step \d+, goes on with step \d+", table)) == 2
+    for what in ("all 12 losses", "weights at the end", "optimizer state at the end"):
+        assert re.search(rf"{what} .*bit-equal", table), table
+    assert not list((tmp_path / "drive").iterdir())
