@@ -12,6 +12,7 @@
 #include <cstring>
 #ifdef __linux__
 #include <linux/fs.h>
+#include <sys/sysmacros.h>
 #endif
 
 #ifndef O_DIRECT
@@ -35,6 +36,24 @@ std::atomic<std::uint64_t> next_number{1};
 // What a caller's descriptor says of the transfers by it.
 constexpr int kKept = O_ACCMODE | O_SYNC | O_DSYNC;
 
+// /dev/zero, /dev/full and their like, which take any offset and never keep a transfer waiting.
+bool is_memory_device(const struct stat& status) {
+#ifdef __linux__
+  return S_ISCHR(status.st_mode) && major(status.st_rdev) == 1;
+#else
+  (void)status;
+  return false;
+#endif
+}
+
+// A transfer by anything without offsets (a pipe, a terminal, an eventfd) could wait for ever for somebody else. Looked
+// at before it is opened, as to open a pipe may wait, too, and to open a terminal may change it.
+void check_kind(const struct stat& status, const std::string& path) {
+  if (S_ISREG(status.st_mode) || S_ISBLK(status.st_mode) || is_memory_device(status)) return;
+  if (S_ISDIR(status.st_mode)) throw IoError(EISDIR, std::strerror(EISDIR), path);
+  throw IoError(ESPIPE, std::string(std::strerror(ESPIPE)) + ": neither a regular file nor a block device", path);
+}
+
 // Opens what is open as `fd` once more: the very same file, whatever its name is by now.
 int open_again(int fd, int flags) {
   const std::string path = "/proc/self/fd/" + std::to_string(fd);
@@ -52,10 +71,8 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
   file->number_ = next_number++;
   if (!path.empty()) {
     file->path_ = path;
-    struct stat status{};  // to open a pipe may take for ever
-    if (::stat(path.c_str(), &status) == 0 && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode))) {
-      throw IoError(ESPIPE, std::strerror(ESPIPE), path);
-    }
+    struct stat status{};
+    if (::stat(path.c_str(), &status) == 0) check_kind(status, path);
     file->access_ = direction == Direction::kRead ? O_RDONLY : O_WRONLY | O_CREAT;
     if (O_DIRECT != 0) file->direct_fd_ = file->open_by_path(O_DIRECT);
     // Names a missing file or a missing right, if it was not O_DIRECT that was refused.
@@ -66,7 +83,9 @@ std::shared_ptr<IoFile> IoFile::open(const std::string& path, int fd, Direction 
   } else {
     file->path_ = "<fd " + std::to_string(fd) + ">";
     const int flags = ::fcntl(fd, F_GETFL);
-    if (flags < 0) throw IoError(errno, std::strerror(errno), file->path_);
+    struct stat status{};
+    if (flags < 0 || ::fstat(fd, &status) != 0) throw IoError(errno, std::strerror(errno), file->path_);
+    check_kind(status, file->path_);
     file->access_ = flags & kKept;
     const bool wrong_way = (flags & O_ACCMODE) == (direction == Direction::kRead ? O_WRONLY : O_RDONLY);
     if (wrong_way) throw IoError(EBADF, "the descriptor is not open in this direction", file->path_);
@@ -156,8 +175,7 @@ void IoFile::identify() {
   if (::fstat(any_fd(), &status) != 0) throw IoError(errno, std::strerror(errno), path_);
   identity_ = {status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid};
   device_ = S_ISBLK(status.st_mode) ? status.st_rdev : status.st_dev;
-  if (S_ISDIR(status.st_mode)) throw IoError(EISDIR, std::strerror(EISDIR), path_);
-  if (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode)) throw IoError(ESPIPE, std::strerror(ESPIPE), path_);
+  check_kind(status, path_);
 }
 
 std::uint64_t IoFile::size() const {

@@ -27,7 +27,8 @@ struct IoError : std::runtime_error {
 class IoFile {
  public:
   // Opens `path`, or another description of the open file `fd` when `path` is empty. The caller's `fd` is not kept: it
-  // may be closed at once. A file to be written is created where it is missing. Throws IoError.
+  // may be closed at once. A file to be written is created where it is missing. Throws IoError; for what has no
+  // offsets (a pipe, a terminal, an eventfd) before it is opened, with ESPIPE.
   static std::shared_ptr<IoFile> open(const std::string& path, int fd, Direction direction);
   ~IoFile();
   IoFile(const IoFile&) = delete;
@@ -69,7 +70,7 @@ class IoFile {
   int open_by_path(int flags) const;
   void find_alignment();
   int any_fd() const;
-  void identify();  // throws for a pipe, a socket or a folder
+  void identify();  // throws for a folder, and for what has no offsets
 
   std::string path_;  // for messages; "<fd 7>" for a descriptor
   // O_RDONLY, O_WRONLY or O_RDWR; with it O_CREAT for a path to write, or the O_SYNC or O_DSYNC of a descriptor.

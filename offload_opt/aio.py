@@ -8,12 +8,12 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from . import _C
-from .config import ENGINES, LIMITS, AioConfig
+from .config import ENGINES, LIMITS, AioConfig, parse_bytes
 from .errors import ConfigError, OffloadWarning
 
 logger = logging.getLogger("offload_opt")
@@ -60,7 +60,7 @@ class AioHandle:
     Methods may be called from several threads. After ``fork()`` a handle works in the parent only.
 
     Args:
-        block_size: Bytes of one request to the device.
+        block_size: Bytes of one request to the device, or for example ``"1MiB"``.
         queue_depth: Requests in flight on one worker.
         single_submit: One request a system call.
         overlap_events: Refill the queue while completions arrive, instead of draining it first.
@@ -78,7 +78,7 @@ class AioHandle:
 
     def __init__(
         self,
-        block_size: int = 1 << 20,
+        block_size: int | str = 1 << 20,
         queue_depth: int = 32,
         single_submit: bool = False,
         overlap_events: bool = True,
@@ -88,7 +88,10 @@ class AioHandle:
         registered: bool = True,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        block_size = parse_bytes(block_size, "block_size")
         for name, value in (("block_size", block_size), ("queue_depth", queue_depth), ("num_threads", num_threads)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} must be an integer, not {value!r}")
             if not 1 <= value <= LIMITS[name]:
                 raise ConfigError(f"{name} must lie in 1..{LIMITS[name]}, not {value}")
         self._settings = (block_size, queue_depth, bool(single_submit), bool(overlap_events), num_threads)
@@ -99,7 +102,7 @@ class AioHandle:
     def from_config(cls, config: AioConfig, folder: str | os.PathLike[str] | None = None) -> AioHandle:
         """A handle with the settings of ``config``."""
         return cls(
-            cast(int, config.block_size),
+            config.block_size,
             config.queue_depth,
             config.single_submit,
             config.overlap_events,

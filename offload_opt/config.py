@@ -25,18 +25,21 @@ LIMITS = {"block_size": 1 << 30, "queue_depth": 1 << 12, "num_threads": 1 << 8}
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[f"{_letter}B"] = 1000**_power
-    _UNITS[f"{_letter}IB"] = 1024**_power
+    _UNITS[_letter] = _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}I"] = _UNITS[f"{_letter}IB"] = 1024**_power
 
 
 def parse_bytes(value: int | str, name: str) -> int:
-    """Turn ``"2GiB"``, ``"500 MB"`` or a number into bytes. Raises ConfigError that names the setting ``name``."""
+    """Turn ``"2GiB"``, ``"500 MB"``, ``"2G"`` or a number into bytes. Raises ConfigError that names ``name``."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match and match[2].upper() in _UNITS:
             value = int(float(match[1]) * _UNITS[match[2].upper()])
         else:
-            raise ConfigError(f'{name}={value!r} is not a size: write bytes, or for example "512MiB" or "2GiB"')
+            raise ConfigError(
+                f"{name}={value!r} is not a size: write bytes, or a number with K, M, G or T (powers of 1000) or with "
+                'Ki, Mi, Gi or Ti (powers of 1024), each with or without a B, for example "512MiB"'
+            )
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} must be a size in bytes or a string such as '2GiB', not {type(value).__name__}")
     if value <= 0:
@@ -51,6 +54,12 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def format_exact(count: int) -> str:
+    """Bytes for people where that says it exactly, so that it may be typed in: ``"12.0 KiB"``, or ``"12289 bytes"``."""
+    shown = format_bytes(count)
+    return shown if count > 0 and parse_bytes(shown, "") == count else f"{count} bytes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,4 +156,7 @@ class OffloadConfig:
 def _path(path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path must be a folder's path or a list of them, not {type(path).__name__}")
-    return os.fspath(path)
+    folder = os.fspath(path)
+    if not folder:  # a shell's variable that is not set, for example: not the current folder
+        raise ConfigError("path must name a folder, and is empty")
+    return folder

@@ -109,7 +109,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._share_with(optimizer)
         self._pager.bring(self.param_groups, optimizer.state)
         optimizer.state = defaultdict(dict)
-        self.state = cast(Any, PagedState(self._pager, lambda: self.param_groups))
+        # By a weak reference: without a cycle, what is dropped is closed at once.
+        self.state = cast(Any, PagedState(self._pager, weakref.ref(self)))
         _wrapped.add(optimizer)
 
     def _share_with(self, optimizer: torch.optim.Optimizer) -> None:
@@ -128,7 +129,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
             paging: ``"elementwise"`` where each element is updated by itself (as in Adam), so that a large parameter
                 may be spread over several units; ``"whole"`` where the update looks at all of it (as in Muon).
         """
-        if paging.upper() not in Paging.__members__:
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise ConfigError(f"optimizer_class must be a subclass of torch.optim.Optimizer, not {optimizer_class!r}")
+        if not isinstance(paging, str) or paging.upper() not in Paging.__members__:
             raise ConfigError(f"paging must be 'elementwise' or 'whole', not {paging!r}")
         register(optimizer_class, Paging[paging.upper()])
 

@@ -105,12 +105,15 @@ class ParameterPager:
         """Every parameter once, by its place. Raises OffloadError where one has changed its place."""
         parameters = parameters_of(groups)
         places = {id(owner): key for key, entry in self.entries.items() if (owner := entry.owner()) is not None}
-        for key, parameter in parameters.items():
-            if places.get(id(parameter), key) != key:
-                raise OffloadError(
-                    f"{self.entries[places[id(parameter)]].plan.name} has changed its place in the param_groups, by "
-                    "which its state is kept: groups and parameters may be added, but not removed or reordered"
-                )
+        moved = [places[id(p)] for key, p in parameters.items() if places.get(id(p), key) != key]
+        moved += [key for key in (*self.entries, *self._brought) if key not in parameters]
+        for group, position in moved:
+            entry = self.entries.get((group, position))
+            name = entry.plan.name if entry else f"parameter {position} of group {group}"
+            raise OffloadError(
+                f"{name} has changed its place in the param_groups, by which its state is kept: groups and parameters "
+                "may be added, but not removed or reordered"
+            )
         return parameters
 
     def plan(self, groups: Sequence[dict[str, Any]], keys: Sequence[Key]) -> list[SwapUnit]:

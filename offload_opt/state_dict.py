@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .errors import OffloadError
 from .manifest import DTYPES, encode_value
 from .pager import Key, ParameterPager
 from .swap_manager import SwapManager
@@ -65,12 +67,12 @@ class PagedParameterState:
 class PagedState(Mapping[torch.Tensor, PagedParameterState]):
     """The optimizer's ``state``: parameters and, for each, what the optimizer keeps for it. Iterating loads nothing."""
 
-    def __init__(self, pager: ParameterPager, groups: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(self, pager: ParameterPager, owner: weakref.ref[torch.optim.Optimizer]) -> None:
         self._pager = pager
-        self._groups = groups
+        self._owner = owner
 
     def __getitem__(self, parameter: torch.Tensor) -> PagedParameterState:
-        for key, other in self._pager.parameters(self._groups()).items():
+        for key, other in self._parameters().items():
             if other is parameter:
                 return PagedParameterState(self._pager, key)
         raise KeyError("not a parameter of this optimizer")
@@ -98,14 +100,19 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
 
     def load(self) -> dict[torch.Tensor, dict[str, Any]]:
         """All of it: large tensors are mapped from a file, see ``state_file``; the others are in memory."""
-        parameters = self._pager.parameters(self._groups())
-        return {parameters[key]: state for key, state in self._pager.mapped().items() if key in parameters}
+        parameters = self._parameters()
+        return {parameters[key]: state for key, state in self._pager.mapped().items()}
+
+    def _parameters(self) -> dict[Key, torch.Tensor]:
+        owner = self._owner()
+        if owner is None:
+            raise OffloadError("the OffloadOptimizer that this state belonged to is gone, and its state with it")
+        return self._pager.parameters(owner.param_groups)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, PagedParameterState]]:
-        parameters = self._pager.parameters(self._groups())
+        parameters = self._parameters()
         for key in self._pager.keys_with_state():
-            if key in parameters:
-                yield parameters[key], PagedParameterState(self._pager, key)
+            yield parameters[key], PagedParameterState(self._pager, key)
 
 
 def export_state(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .config import format_bytes
+from .config import format_bytes, format_exact
 from .errors import ConfigError
 
 PAGE = 4096
@@ -259,18 +259,18 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
     """
     least, name = least_host_memory(parameters)
     if host_memory < least:
-        why = f": the state of {name} cannot be cut, and" if name else ","
+        why = f"the state of {name} cannot be cut, and " if name else ""
         raise ConfigError(
-            f"host_memory={format_bytes(host_memory)} is too small{why} {RING_DEPTH} buffers are needed; "
-            f"the least that works is {least} bytes ({format_bytes(least)})"
+            f"host_memory={format_exact(host_memory)} is too small: {why}at least {format_exact(least)} are needed "
+            f"({RING_DEPTH} buffers of {format_bytes(least // RING_DEPTH)})"
         )
     largest_unit = host_memory // RING_DEPTH // PAGE * PAGE
     if unit_size is None:
         unit_size = max(min(host_memory // 8, 32 << 20), least // RING_DEPTH, host_memory // 256)
     elif unit_size < least // RING_DEPTH or unit_size > largest_unit:
         raise ConfigError(
-            f"unit_size={format_bytes(unit_size)} must lie between {format_bytes(least // RING_DEPTH)} and "
-            f"{format_bytes(largest_unit)}, a third of host_memory"
+            f"unit_size={format_exact(unit_size)} must lie between {format_exact(least // RING_DEPTH)} and "
+            f"{format_exact(largest_unit)}, a third of host_memory"
         )
     return max(min(unit_size, largest_unit) // PAGE * PAGE, PAGE)
 

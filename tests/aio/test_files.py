@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -86,6 +87,22 @@ def test_a_descriptor_that_is_closed_or_open_the_other_way(handle: AioHandle, tm
         with pytest.raises(OSError, match=f"<fd {fd}>") as caught:
             transfer(bytearray(10), fd)
         assert caught.value.errno == errno.EBADF
+
+
+def test_what_has_no_offsets_is_refused_at_once(handle: AioHandle) -> None:
+    fds = [os.eventfd(0), *os.openpty(), *os.pipe()]
+    fds += [end.detach() for end in socket.socketpair()]
+    try:
+        terminal = os.ttyname(fds[2])
+        for filename, name in [*((fd, f"<fd {fd}>") for fd in fds), (terminal, terminal)]:
+            for start in (handle.async_pread, handle.async_pwrite):
+                with pytest.raises(OSError, match="Illegal seek: neither a regular file") as caught:
+                    start(bytearray(8), filename)
+                assert (caught.value.errno, caught.value.filename) == (errno.ESPIPE, name)
+        assert handle.wait() == 0
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 @pytest.mark.parametrize("name", [b"caf\xc3\xa9 \"'\n", b"\xff\xfe not UTF-8"])

@@ -33,6 +33,14 @@ def test_a_setting_out_of_range_is_refused(engine: str, field: str) -> None:
             AioHandle(engine=engine, **{field: value})  # type: ignore[arg-type]
 
 
+def test_a_block_size_in_words(engine: str) -> None:
+    with AioHandle(block_size="128KiB", engine=engine) as handle:
+        assert handle.get_block_size() == 128 << 10
+    for setting, value in (("block_size", "much"), ("block_size", 1.5), ("queue_depth", "8"), ("num_threads", True)):
+        with pytest.raises(ConfigError, match=f"{setting}.*(much|float|'8'|True)"):
+            AioHandle(engine=engine, **{setting: value})  # type: ignore[arg-type]
+
+
 def test_the_environment_chooses_the_engine_for_auto_alone(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFLOAD_OPT_ENGINE", engine)
     with AioHandle() as handle, AioHandle(engine="threads") as explicit:

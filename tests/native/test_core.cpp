@@ -2,6 +2,8 @@
 //   test_core [FOLDER] [SEED]               the tests below, on every engine
 //   test_core FOLDER --plans FIRST COUNT    seeded fault plans, see test_plans.cpp
 #include <fcntl.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -97,6 +99,19 @@ void errors(const EngineEntry& engine) {
   by_descriptor.fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   CHECK(error_of([&] { handle.submit(by_descriptor); }) == EBADF);
   ::close(by_descriptor.fd);
+  // Without offsets a transfer could wait for ever.
+  int sockets[2];
+  CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) == 0);
+  for (const int fd : {::eventfd(0, EFD_CLOEXEC), ::posix_openpt(O_RDWR | O_NOCTTY), sockets[0], sockets[1]}) {
+    if (fd < 0) continue;  // no terminals here
+    for (const Direction direction : {Direction::kRead, Direction::kWrite}) {
+      TransferSpec waiting = spec(direction, data, 8, 0, "");
+      waiting.fd = fd;
+      CHECK(error_of([&] { handle.submit(waiting); }) == ESPIPE);
+      CHECK(error_of([&] { handle.run(waiting); }) == ESPIPE);
+    }
+    ::close(fd);
+  }
   CHECK(handle.finish_all() == 0);
   handle.close();
   handle.close();

@@ -34,13 +34,15 @@ def test_unknown_options_are_refused_with_the_nearest(folder_stays_empty: Path) 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("host_memory", "lots", "host_memory='lots' is not a size"),
+        ("host_memory", "lots", "host_memory='lots' is not a size: write bytes, or a number with K, M, G or T"),
+        ("host_memory", "2i", "host_memory='2i' is not a size"),
         ("host_memory", -1, "host_memory must be positive"),
         ("host_memory", 1.5, "host_memory must be a size"),
         ("unit_size", "0", "unit_size must be positive"),
         ("unit_size", "1GiB", "unit_size=1.0 GiB must lie between"),
         ("aio", {"block_size": 1}, "aio must be an AioConfig"),
-        ("host_memory", "8KiB", "the least that works is 12288 bytes"),
+        ("host_memory", 12287, r"host_memory=12287 bytes is too small: at least 12\.0 KiB"),
+        ("host_memory", "8KiB", r"host_memory=8\.0 KiB is too small: at least 12\.0 KiB .*\(3 buffers of 4\.0 KiB\)"),
     ],
 )
 def test_bad_values_are_refused(folder_stays_empty: Path, field: str, value: Any, message: str) -> None:
@@ -50,9 +52,9 @@ def test_bad_values_are_refused(folder_stays_empty: Path, field: str, value: Any
 
 def test_host_memory_too_small_for_state_that_cannot_be_cut(folder_stays_empty: Path) -> None:
     matrix = torch.nn.Parameter(torch.randn(300, 300))
-    with pytest.raises(ConfigError, match=r"the state of param_0 cannot be cut.*least that works is (\d+)") as refused:
+    with pytest.raises(ConfigError, match=r"the state of param_0 cannot be cut, and at least \d+ bytes") as refused:
         OffloadOptimizer(torch.optim.Muon([matrix]), folder_stays_empty, host_memory="512KiB")
-    least = int(str(refused.value).split("works is ")[1].split()[0])
+    least = int(str(refused.value).split("at least ")[1].split()[0])
     assert 3 * 300 * 300 * 4 <= least < 3 * 300 * 300 * 4 + 3 * 4096
 
 
@@ -72,6 +74,9 @@ def test_bad_paths_are_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ConfigError, match="not a folder"):
         OffloadOptimizer(own, file)
+    for empty in ("", [tmp_path, ""]):
+        with pytest.raises(ConfigError, match="must name a folder, and is empty"):
+            OffloadOptimizer(own, empty)
     with pytest.raises(ConfigError, match="folder's path"):
         OffloadOptimizer(own, 3)  # type: ignore[arg-type]
     OffloadOptimizer(own, tmp_path).close()
@@ -136,6 +141,15 @@ def test_optimizers_that_cannot_be_paged_are_refused_with_the_reason(folder_stay
         OffloadOptimizer(adam([complex_parameter]), folder_stays_empty)
 
 
+def test_what_is_no_optimizer_class_is_not_registered() -> None:
+    for wrong in ("MyLion", torch.nn.Linear, adam(parameters()), None):
+        with pytest.raises(ConfigError, match="optimizer_class must be"):
+            OffloadOptimizer.register(wrong, "elementwise")  # type: ignore[arg-type]
+    for paging in ("sideways", None):
+        with pytest.raises(ConfigError, match="paging must be"):
+            OffloadOptimizer.register(torch.optim.Adam, paging)  # type: ignore[arg-type]
+
+
 def test_a_subclass_that_inherits_step_is_known(store: Path) -> None:
     class Mine(torch.optim.AdamW):
         pass
@@ -154,6 +168,26 @@ def test_a_sparse_gradient_is_refused_before_the_update(store: Path) -> None:
         with pytest.raises(UnsupportedOptimizerError, match="sparse gradient"):
             optimizer.step()
         assert torch.equal(before, embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("2GiB", 2 << 30),
+        ("2Gi", 2 << 30),
+        ("2G", 2 * 10**9),
+        ("2GB", 2 * 10**9),
+        ("512M", 512 * 10**6),
+        ("512 mi", 512 << 20),
+        ("1.5K", 1500),
+        ("1Ki", 1024),
+        ("1T", 10**12),
+        ("1Ti", 1 << 40),
+        ("77", 77),
+    ],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert OffloadConfig(path="x", host_memory=text).host_memory == nbytes
 
 
 def test_config_object_and_keywords(store: Path) -> None:

@@ -120,14 +120,25 @@ def test_close_gives_everything_back(store: Path) -> None:
     OffloadOptimizer(adam(parameters()), store).close()
 
 
-def test_a_dropped_optimizer_is_collected(store: Path) -> None:
-    optimizer = OffloadOptimizer(adam(parameters()), store, host_memory=HOST_MEMORY)
-    optimizer.step()
-    gone = weakref.ref(optimizer)
-    del optimizer
-    gc.collect()
-    assert gone() is None
-    OffloadOptimizer(adam(parameters()), store).close()  # the folder is free again
+def test_a_dropped_optimizer_goes_at_once(store: Path) -> None:
+    own = parameters()
+    gc.disable()  # reference counting has to do
+    try:
+        optimizer = OffloadOptimizer(adam(own), store, host_memory=HOST_MEMORY)
+        for _ in range(2):
+            for parameter in own:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        state = optimizer.state
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+        with pytest.raises(OffloadError, match="is gone"):
+            list(state)
+        OffloadOptimizer(adam(parameters()), store).close()  # the folder is free again
+    finally:
+        gc.enable()
 
 
 def test_a_forked_child_leaves_the_optimizer_alone(store: Path) -> None:

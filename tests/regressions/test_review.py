@@ -45,16 +45,29 @@ def test_a_parameter_that_is_laid_out_anew_is_refused_and_a_reload_helps(store: 
     assert bits_equal(plain, own)
 
 
-@pytest.mark.parametrize("change", ["reorder", "remove a group"])
+@pytest.mark.parametrize("change", ["reorder", "remove a group", "remove the last group", "remove the last parameter"])
 def test_parameters_that_change_places_are_refused(store: Path, change: str) -> None:
-    first, second = parameters(60_000, 60_000)
-    with OffloadOptimizer(adam([{"params": [first]}, {"params": [second]}]), store) as optimizer:
+    first, second, third = parameters(60_000, 60_000, 5)
+    with OffloadOptimizer(adam([{"params": [first]}, {"params": [second, third]}]), store) as optimizer:
         optimizer.step()
         if change == "reorder":
             optimizer.param_groups.reverse()
+        elif change == "remove the last parameter":
+            optimizer.param_groups[-1]["params"].pop()
         else:
-            del optimizer.param_groups[0]
+            del optimizer.param_groups[-1 if "last" in change else 0]
         for call in (optimizer.step, optimizer.state_dict, lambda: len(optimizer.state)):
+            with pytest.raises(OffloadError, match="changed its place"):
+                call()
+
+
+def test_a_parameter_whose_state_was_brought_along_is_not_removed(store: Path) -> None:
+    own = parameters(60_000, 5)
+    inner = adam(own)
+    inner.step()
+    with OffloadOptimizer(inner, store) as optimizer:
+        optimizer.param_groups[0]["params"].pop()
+        for call in (optimizer.step, optimizer.state_dict):
             with pytest.raises(OffloadError, match="changed its place"):
                 call()
 
