@@ -23,7 +23,7 @@ import itertools
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,6 +197,13 @@ class SwapStore:
             file = self._slots[unit].current
             check_unit(unit, data, file.checksum, file.path)
 
+    def check_stored(self, units: Iterable[SwapUnit]) -> None:
+        """With ``checksum="read"``: raise OSError unless the files have the bytes that were written to them."""
+        if self._checksum == "read":
+            for unit in dict.fromkeys(units):
+                slots = self._slots[unit]
+                check_file(self._handle, unit, slots.current.path, slots.data_start, slots.current.checksum)
+
     def write(self, unit: SwapUnit, data: torch.Tensor) -> IoFuture:
         """Start to write a unit from the first bytes of ``data``."""
         self.finish_commit()
@@ -269,7 +276,11 @@ class SwapStore:
             write.wait()
         dirty = [file for file in self._committing.values() if not file.synced]
         assert self._executor is not None
-        list(self._executor.map(_sync_data, [file.path for file in dirty]))
+        try:
+            list(self._executor.map(_sync_data, [file.path for file in dirty]))
+        except RuntimeError:  # the interpreter is about to end, and takes no more work for threads
+            for file in dirty:
+                _sync_data(file.path)
         for file in dirty:
             file.synced = True
         for index, folder in enumerate(self.folders):
@@ -289,6 +300,7 @@ class SwapStore:
 
     def ways_on(self) -> str:
         """What a person can do after a failure."""
+        self.abandon_commit()  # of the step before, which may be under way still
         load = "load the parameters and the state from a checkpoint: after load_state_dict() it works again"
         if self.committed is None:
             return load
@@ -304,7 +316,11 @@ class SwapStore:
             StoreError: There is no space for the files that take the place of those that the snapshot shares.
             OSError: Linking or copying failed.
         """
-        self._provide_spares(list(self._slots), for_snapshot=True)
+        try:
+            self._provide_spares(list(self._slots), for_snapshot=True)
+        except BaseException:
+            self._provide_spares(list(self._slots))  # without those that were made
+            raise
         for slots in self._slots.values():
             if not slots.current.synced:
                 _sync_data(slots.current.path)
@@ -338,10 +354,13 @@ class SwapStore:
         self._delete_others()
         self._provide_spares(list(units))
 
+    def retire(self) -> None:
+        """Before other units are taken up than the last commit's: its files go with the next one, all others now."""
+        self._retired = sorted({*self._retired, *self._named_by_commit()})
+        self._delete_others()
+
     def bring(self, units: Mapping[SwapUnit, UnitRecord], source: Path) -> None:
         """Take up units from the snapshot folder ``source``: by links, or by copies from another file system."""
-        if self.committed is None:
-            self._delete_others()
         pairs, files = [], []
         try:
             for unit, record in units.items():
@@ -483,7 +502,7 @@ class SwapStore:
     def _delete_others(self) -> None:
         """Delete unit files of earlier runs, which neither this one nor the last commit has a use for."""
         own = {file.path for slots in self._slots.values() for file in (slots.current, *slots.spares)}
-        for file in set(self._files()) - own - self._named_by_commit():
+        for file in set(self._files()) - own - self._named_by_commit() - set(self._retired):
             file.unlink()
 
     def _check_order(self) -> None:
@@ -527,6 +546,13 @@ def check_files(units: Sequence[UnitRecord], folders: Sequence[Path]) -> None:
             raise StoreError(f"{path}, which the manifest names, is missing or not a plain file")
         if path.stat().st_size != expected:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, and should have {expected}: it was changed")
+
+
+def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, expected: str | None) -> None:
+    """Read a unit from its file and raise OSError where its bytes are not those that were written."""
+    data = torch.empty(unit.nbytes, dtype=torch.uint8)
+    handle.sync_pread(data, path, data_start)
+    check_unit(unit, data, expected, path)
 
 
 def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:
