@@ -261,3 +261,12 @@ def test_parameters_of_one_name_in_two_groups_are_exported_apart(store: Path, tm
         for index, parameter in enumerate((first, second)):
             for name, value in optimizer.state[parameter].items():
                 assert bits_equal(value, read[f"weight#{index}.{name}"])
+
+
+def test_adafactors_state_of_a_scalar_parameter_is_loaded(store: Path) -> None:
+    pair = Pair(lambda p: torch.optim.Adafactor(p, lr=0.01), store, [(30, 20), ()])
+    pair.step()
+    pair.offloaded.load_state_dict(pair.plain.state_dict())
+    pair.check()
+    pair.step()
+    pair.check()
