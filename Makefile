@@ -6,8 +6,9 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # The folder, on the drive to use, of the demo's and the benchmarks' files.
 DIR    ?= build
-# Seeded fault plans of `make torture`.
+# Seeded fault plans of `make torture`, and runs of random calls.
 PLANS  ?= 10000
+RUNS   ?= 1000
 
 BIN    := $(VENV)/bin
 SOURCE := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
@@ -44,8 +45,9 @@ sanitize: build/address/test_core build/thread/test_core  ## the C++ core under 
 	build/address/test_core build
 	build/thread/test_core build
 
-torture: build/address/test_core build/thread/test_core  ## 10,000 fault plans under each, side by side (ten minutes)
+torture: build/address/test_core build/thread/test_core  ## 10,000 fault plans under each, and 1,000 runs of random calls (20 minutes)
 	$(MAKE) --no-print-directory -j2 torture-address torture-thread
+	OFFLOAD_OPT_EXAMPLES=$(RUNS) $(BIN)/python -m pytest tests/optim/test_state_machine.py
 
 .PHONY: torture-address torture-thread
 torture-address torture-thread: torture-%:

@@ -6,7 +6,7 @@ import datetime
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from .manifest import (
 from .pager import Key, ParameterPager, ParameterState, parameters_of, plan_parameters
 from .snapshots import Snapshot, delete_older
 from .state_file import WholeTensor, map_state
-from .store import SwapStore, check_files
+from .store import SwapStore, check_file, check_files
 from .swap_manager import SwapManager
 from .units import RING_DEPTH, ParameterPlan, SwapUnit
 from .weights import PersistedWeights, check_weights, read_weights
@@ -104,6 +104,7 @@ class Checkpointer:
 
     def commit(self, groups: Groups, extra: Any, *, wait: bool) -> Manifest:
         """Commit the state as it is now. Without ``wait``, beside the caller, who may change everything meanwhile."""
+        self._pager.page_out_brought(groups)  # a step may have made state that had no place before
         manifest = self._manifest(groups, extra)
         self._store.start_commit(manifest, self._manager.writes())
         if wait:
@@ -112,7 +113,6 @@ class Checkpointer:
 
     def snapshot(self, directory: Path | None, groups: Groups, extra: Any, keep: int | None) -> None:
         """Commit and, with a directory, make a snapshot in it."""
-        self._pager.page_out_brought(groups)
         if directory is None:
             self.commit(groups, extra, wait=True)
             return
@@ -122,12 +122,18 @@ class Checkpointer:
             if self._is_durable:
                 manifest = self.commit(groups, extra, wait=True)
             else:
+                self._pager.page_out_brought(groups)
                 manifest = self._manifest(groups, extra)
                 self._manager.synchronize()
             self._store.snapshot(folder, manifest)
         if keep is not None:
             for deleted in delete_older(directory, manifest, keep):
                 _log.info("snapshot %s is deleted: %d newer ones are kept", deleted, keep)
+
+    def replace_state(self, groups: Groups, states: Mapping[torch.Tensor, ParameterState]) -> None:
+        """Drop all state and store the given one; the weights are written anew at the next commit."""
+        self._weights.forget()
+        self._pager.replace_all(groups, states)
 
     def restore(self, directory: Path | None, groups: Groups) -> Any:
         """Take up the last commit, or the snapshot in ``directory``. Returns its extra."""
@@ -201,10 +207,10 @@ class Checkpointer:
         for layout in layouts:
             check_files(layout.units, folders)
         units = manifest.state.swap_units(where)
+        groups_then = self._groups_of(manifest, groups, where)
         if manifest.weights is not None:
             manifest.weights.swap_units(where)
             check_weights(manifest.weights, groups, where)
-        groups_then = self._groups_of(manifest, groups, where)
         plans = self._plans_of(manifest.state, groups_then, where)
         residents = [decode_mapping(record.resident) for record in manifest.state.parameters]
         states = {plan.key: (plan, resident) for plan, resident in zip(plans, residents, strict=True)}
@@ -273,12 +279,15 @@ class Checkpointer:
             unit: (folders[record.folder] / "units" / record.file, record.data_start)
             for unit, record in zip(found.units, records, strict=True)
         }
+        if self._config.checksum == "read":
+            for unit, record in zip(found.units, records, strict=True):
+                check_file(self._handle, unit, *places[unit], record.checksum)
         wholes, keys = [], []
-        for record in found.manifest.state.parameters:
-            plan, _ = found.states[record.key]
-            for whole in _whole_tensors(plan, pieces.get(record.key, []), record.stride):
+        for parameter in found.manifest.state.parameters:
+            plan, _ = found.states[parameter.key]
+            for whole in _whole_tensors(plan, pieces.get(parameter.key, []), parameter.stride):
                 wholes.append(whole)
-                keys.append(record.key)
+                keys.append(parameter.key)
         tensors = map_state(wholes, places.__getitem__, self._store.folders[0])
         parameters = parameters_of(groups)
         states: dict[torch.Tensor, ParameterState] = {}

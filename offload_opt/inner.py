@@ -94,7 +94,9 @@ class InnerOptimizer:
                     )
                 paged.append(StateTensor(name, value.dtype, tuple(value.shape), tuple(value.stride())))
             else:
-                resident[name] = value
+                is_meta = isinstance(value, torch.Tensor) and value.is_meta
+                # Such as Adafactor's variance of a scalar: the optimizer keeps it where the parameter is.
+                resident[name] = torch.zeros_like(value, device=parameter.device) if is_meta else value
         return StateTemplate(paging, tuple(paged), resident, tuple(state[probe]))
 
     def shape_matters(self, parameter: torch.Tensor) -> tuple[Any, ...] | None:

@@ -94,11 +94,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         except BaseException:
             handle.close()
             raise
+        if discard:
+            store.discard()
         self._manager = SwapManager(handle, store, host_memory, self._stats)
         self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
         self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
-        if discard:
-            store.discard()
         self.extra: Any = {}
         """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
         self._pid = os.getpid()
@@ -225,7 +225,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         optimizer = self._inner.optimizer
         optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
         self.param_groups = optimizer.param_groups
-        self._pager.replace_all(self.param_groups, states)
+        self._checkpointer.replace_state(self.param_groups, states)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an OffloadOptimizer cannot be pickled or copied, as its state is on disk: use state_dict()")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -93,6 +94,7 @@ class Snapshot:
     def __init__(self, directory: Path, rank: int, world_size: int) -> None:
         self.place = rank_folder(directory, rank, world_size)
         self.folder = directory / f".{self.place.name}.partial"
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]  # innermost first
 
     def __enter__(self) -> Path:
         """The folder to fill. Raises StoreError where there is such a snapshot already."""
@@ -110,6 +112,9 @@ class Snapshot:
     def __exit__(self, failed: type[BaseException] | None, *rest: object) -> None:
         if failed is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another rank may be in it
+                for path in self._made:
+                    path.rmdir()
             return
         sync_folder(self.folder)
         self.folder.rename(self.place)
@@ -129,7 +134,8 @@ def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:
         except (OSError, StoreError):
             continue
         if known.run == manifest.run:
-            found.append(((known.epoch, known.created), other))
+            # By the time: after a restore(), epochs are counted once more.
+            found.append(((other == directory, known.created, known.epoch), other))
     deleted = []
     for _, old in sorted(found)[:-keep]:
         folder = rank_folder(old, manifest.rank, manifest.world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,19 @@ def export_state(
 ) -> None:
     """Write all state to one safetensors file; see ``OffloadOptimizer.export_safetensors``."""
     pager.page_out_brought(groups)
-    wholes = [whole for tensors in pager.whole_tensors().values() for whole in tensors]
-    paged = {whole.label for whole in wholes}
+    keys = pager.stored_keys()
+    names = _unique_names({key: pager.entries[key].plan.name for key in keys})
+    wholes = [
+        whole._replace(label=f"{names[key]}.{whole.spec.name}")
+        for key, tensors_of_key in pager.whole_tensors().items()
+        for whole in tensors_of_key
+    ]
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
-    for key in pager.stored_keys():
-        entry = pager.entries[key]
-        for name, value in (entry.small_state or {}).items():
-            label = f"{entry.plan.name}.{name}"
-            if isinstance(value, torch.Tensor) and value.dtype in DTYPES and label not in paged:
+    for key in keys:
+        for name, value in (pager.entries[key].small_state or {}).items():
+            label = f"{names[key]}.{name}"
+            if isinstance(value, torch.Tensor) and value.dtype in DTYPES:
                 tensors[label] = value
             else:
                 values[label] = encode_value(value, label)
@@ -142,6 +147,12 @@ def export_state(
         "state": json.dumps(values),
     }
     manager.export(path, wholes, tensors, metadata)
+
+
+def _unique_names(names: Mapping[Key, str]) -> dict[Key, str]:
+    """The names; with the group's number where parameters of two groups have the same one."""
+    count = Counter(names.values())
+    return {key: name if count[name] == 1 else f"{name}#{key[0]}" for key, name in names.items()}
 
 
 class Unconverted:

@@ -7,6 +7,7 @@ tools (``export``), or has no name and is mapped into memory (``map_state``): wh
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import mmap
@@ -15,7 +16,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -97,10 +98,10 @@ def export(
                 else:  # stored in the order of its memory; a file has room for the order of dimensions only
                     (mapped,) = map_state([tensor], place, path.parent)
                     file.seek(offset)
-                    file.write(_bytes(mapped.contiguous()))
+                    _write(file, mapped)
             file.seek(len(header) + end - sum(tensor.nbytes for tensor in small.values()))
             for value in small.values():
-                file.write(_bytes(value.detach().cpu().contiguous()))
+                _write(file, value)
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)
@@ -162,7 +163,8 @@ def _allocate(fd: int, nbytes: int) -> None:
         os.posix_fallocate(fd, 0, nbytes)
 
 
-def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
-    import ctypes
-
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
+def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
+    """Write a tensor's bytes, in the order of its dimensions."""
+    tensor = tensor.detach().cpu().contiguous()  # has to live until its memory is written
+    if tensor.nbytes:
+        file.write(memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())))

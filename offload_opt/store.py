@@ -23,7 +23,7 @@ import itertools
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -208,6 +208,13 @@ class SwapStore:
             file = self._slots[unit].current
             check_unit(unit, data, file.checksum, file.path)
 
+    def check_stored(self, units: Iterable[SwapUnit]) -> None:
+        """With ``checksum="read"``: raise OSError unless the files have the bytes that were written to them."""
+        if self._checksum == "read":
+            for unit in dict.fromkeys(units):
+                slots = self._slots[unit]
+                check_file(self._handle, unit, slots.current.path, slots.data_start, slots.current.checksum)
+
     def write(self, unit: SwapUnit, data: torch.Tensor) -> IoFuture:
         """Start to write a unit from the first bytes of ``data``."""
         self.finish_commit()
@@ -284,7 +291,11 @@ class SwapStore:
         names_changed, self._names_changed = self._names_changed, False
         dirty = [file for file in self._committing.values() if not file.synced]
         assert self._executor is not None
-        list(self._executor.map(_sync_data, [file.path for file in dirty]))
+        try:
+            list(self._executor.map(_sync_data, [file.path for file in dirty]))
+        except RuntimeError:  # the interpreter is about to end, and takes no more work for threads
+            for file in dirty:
+                _sync_data(file.path)
         for file in dirty:
             file.synced = True
         for index, folder in enumerate(self.folders):
@@ -305,6 +316,7 @@ class SwapStore:
 
     def ways_on(self) -> str:
         """What a person can do after a failure."""
+        self.abandon_commit()  # of the step before, which may be under way still
         load = "load the parameters and the state from a checkpoint: after load_state_dict() it works again"
         if self.committed is None:
             return load
@@ -320,7 +332,11 @@ class SwapStore:
             StoreError: There is no space for the files that take the place of those that the snapshot shares.
             OSError: Linking or copying failed.
         """
-        self._provide_spares(list(self._slots), for_snapshot=True)
+        try:
+            self._provide_spares(list(self._slots), for_snapshot=True)
+        except BaseException:
+            self._provide_spares(list(self._slots))  # without those that were made
+            raise
         for slots in self._slots.values():
             if not slots.current.synced:
                 _sync_data(slots.current.path)
@@ -356,7 +372,6 @@ class SwapStore:
 
     def bring(self, units: Mapping[SwapUnit, UnitRecord], source: Path) -> None:
         """Take up units from the snapshot folder ``source``: by links, or by copies from another file system."""
-        self._delete_others()
         pairs, files = [], []
         try:
             for unit, record in units.items():
@@ -538,6 +553,13 @@ def check_files(units: Sequence[UnitRecord], folders: Sequence[Path]) -> None:
             raise StoreError(f"{path}, which the manifest names, is missing or not a plain file")
         if path.stat().st_size != expected:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, and should have {expected}: it was changed")
+
+
+def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, expected: str | None) -> None:
+    """Read a unit from its file and raise OSError where its bytes are not those that were written."""
+    data = torch.empty(unit.nbytes, dtype=torch.uint8)
+    handle.sync_pread(data, path, data_start)
+    check_unit(unit, data, expected, path)
 
 
 def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:

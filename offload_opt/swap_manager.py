@@ -89,6 +89,7 @@ class SwapManager:
     def read_tensor(self, unit: SwapUnit, tensor: StateTensor, into: torch.Tensor) -> None:
         """Read one state tensor of a unit as it is after the last walk into the contiguous CPU tensor ``into``."""
         self.synchronize()
+        self._store.check_stored([unit])
         self._store.read_into(unit, tensor, into)
         self._stats.bytes_read += tensor.nbytes
 
@@ -124,6 +125,7 @@ class SwapManager:
     def map_state(self, tensors: Sequence[WholeTensor]) -> list[torch.Tensor]:
         """Copies of state as it is after the last walk, mapped from a file in the store; see ``state_file``."""
         self.synchronize()
+        self._store.check_stored(unit for tensor in tensors for unit, _ in tensor.pieces)
         return map_state(tensors, self._store.place, max(self._store.folders, key=free_bytes))
 
     def export(
@@ -131,6 +133,7 @@ class SwapManager:
     ) -> None:
         """Write state as it is after the last walk to one safetensors file; see ``state_file``."""
         self.synchronize()
+        self._store.check_stored(unit for tensor in tensors for unit, _ in tensor.pieces)
         export(path, tensors, self._store.place, small, metadata)
 
     def synchronize(self) -> None:

@@ -31,6 +31,7 @@ def make_unit_file(path: Path, header: bytes, nbytes: int) -> None:
         os.posix_fallocate(fd, 0, nbytes)
         if os.write(fd, header) != len(header):
             raise OSError(errno.EIO, "the header was written in part", str(path))
+        os.utime(fd, ns=(0, 0))  # until a unit is written to it: see SwapStore.uncommitted
     except OSError:
         path.unlink()
         raise

@@ -53,6 +53,39 @@ class Pair:
         assert_same_state(self.plain.state_dict(), self.offloaded.state_dict())
 
 
+class Resumed(Pair):
+    """A Pair whose offloaded side is left and taken up again: new parameters and a new optimizer, in the same store."""
+
+    def __init__(
+        self, make: Callable[[Any], torch.optim.Optimizer], store: Path | Sequence[Path], *args: Any, **fields: Any
+    ) -> None:
+        fields = {"durability": "step", "persist_params": True, **fields}
+        super().__init__(make, store, *args, **fields)
+        self.make, self.fields = make, fields
+
+    def reopen(self, restore: bool = True, directory: Path | None = None, **fields: Any) -> Any:
+        """Close, and come back as another process would, with other values in the parameters."""
+        self.offloaded.close()
+        groups = [
+            {**group, "params": [self.blank(p) for p in group["params"]]} for group in self.offloaded.param_groups
+        ]
+        self.parameters = [p for group in groups for p in group["params"]]
+        fields = {**self.fields, **fields}
+        self.offloaded = OffloadOptimizer(self.make_groups(groups), self.offloaded_folder, **fields)
+        return self.offloaded.restore(directory) if restore else None
+
+    def make_groups(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        optimizer = self.make([p for group in groups for p in group["params"]])
+        if len(groups) == 1:
+            return optimizer
+        rest = [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
+        return type(optimizer)(rest, lr=optimizer.param_groups[0]["lr"])
+
+    @staticmethod
+    def blank(parameter: torch.Tensor) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.full_like(parameter, 0.5), requires_grad=parameter.requires_grad)
+
+
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the bit, so that NaN equals itself and 0 does not equal -0."""
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from offload_opt import (
     ConfigError,
@@ -183,10 +186,87 @@ def test_named_parameters_name_the_tensors_in_the_files(store: Path) -> None:
         model(torch.randn(4, 300)).sum().backward()
         optimizer.step()
         optimizer.synchronize()
-        from safetensors import safe_open
-
         names = set()
         for file in store.glob("*/units/*.safetensors"):
             with safe_open(file, "pt") as f:
                 names |= {name.split("[")[0] for name in f.keys()}  # noqa: SIM118
     assert {"weight.exp_avg", "weight.exp_avg_sq", "bias.exp_avg", "bias.exp_avg_sq"} <= names
+
+
+def test_a_state_dict_is_the_readers_own(pair: Pair) -> None:
+    pair.step()
+    taken = pair.offloaded.state_dict()
+    then = copy.deepcopy(pair.plain.state_dict())
+    for _ in range(2):
+        pair.step()
+    assert_same_state(then, taken)  # later steps do not change it
+    for state in pair.offloaded.state_dict()["state"].values():
+        for value in state.values():
+            value.fill_(7)
+    pair.check()  # and it does not change the optimizer
+    pair.step()
+    pair.check()
+
+
+def test_a_checkpoint_that_is_mapped_from_its_file(pair: Pair, tmp_path: Path) -> None:
+    pair.step()
+    torch.save(pair.offloaded.state_dict(), tmp_path / "checkpoint.pt")
+    for parameters in zip(pair.plain_parameters, pair.parameters, strict=True):
+        for parameter in parameters:
+            parameter.data.zero_()
+    before = copy.deepcopy(pair.plain.state_dict())
+    pair.step()
+    mapped = torch.load(tmp_path / "checkpoint.pt", mmap=True)
+    pair.offloaded.load_state_dict(mapped)
+    pair.plain.load_state_dict(copy.deepcopy(before))
+    for _ in range(2):
+        pair.step()
+    pair.check()
+    assert_same_state(before, torch.load(tmp_path / "checkpoint.pt"))  # the file is as it was
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, [(8, 4, 5, 5), (), (0,), (7,)]], ids=["cut", "channels last and small"])
+def test_export_safetensors_is_read_by_load_file(store: Path, tmp_path: Path, shapes: Any) -> None:
+    pair = Pair(adam, store, shapes)
+    for parameters in (pair.plain_parameters, pair.parameters):
+        if parameters[0].dim() == 4:
+            parameters[0].data = parameters[0].data.to(memory_format=torch.channels_last)
+    for _ in range(2):
+        pair.step()
+    pair.offloaded.export_safetensors(tmp_path / "state.safetensors")
+    read = load_file(tmp_path / "state.safetensors")
+    expected = {
+        f"param_{index}.{name}": value
+        for index, state in pair.plain.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    assert set(read) == set(expected)
+    for name, value in expected.items():
+        assert bits_equal(value, read[name]), name
+    with safe_open(tmp_path / "state.safetensors", "pt") as file:
+        options = json.loads(file.metadata()["param_groups"])
+    assert options[0]["lr"] == 0.01
+
+
+def test_parameters_of_one_name_in_two_groups_are_exported_apart(store: Path, tmp_path: Path) -> None:
+    first, second = (torch.nn.Parameter(torch.randn(size)) for size in (30_000, 20))
+    groups = [{"params": [("weight", first)]}, {"params": [("weight", second)]}]
+    with OffloadOptimizer(adam(groups), store, host_memory="200KiB") as optimizer:
+        for parameter in (first, second):
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        optimizer.export_safetensors(tmp_path / "state.safetensors")
+        read = load_file(tmp_path / "state.safetensors")
+        assert len(read) == 6
+        for index, parameter in enumerate((first, second)):
+            for name, value in optimizer.state[parameter].items():
+                assert bits_equal(value, read[f"weight#{index}.{name}"])
+
+
+def test_adafactors_state_of_a_scalar_parameter_is_loaded(store: Path) -> None:
+    pair = Pair(lambda p: torch.optim.Adafactor(p, lr=0.01), store, [(30, 20), ()])
+    pair.step()
+    pair.offloaded.load_state_dict(pair.plain.state_dict())
+    pair.check()
+    pair.step()
+    pair.check()
