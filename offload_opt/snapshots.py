@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .config import format_bytes
 from .errors import StoreError
@@ -64,6 +62,10 @@ def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
     _log.info(
         "%s: copying %s to %s, which is on another file system than the store", what, format_bytes(nbytes), folder
     )
+    # Not at the top: importing the package would take a tenth of a second more.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
