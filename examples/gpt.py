@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,28 @@ from torch import nn
 from torch.nn import functional as F
 
 VOCABULARY = 256  # bytes
+HEAD = 64  # the width of a head of attention
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults, where there are some, and with the description as it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def positive(text: str) -> int:
+    """A number of an option."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def width(text: str) -> int:
+    """A width of the model, which whole heads make up."""
+    if positive(text) % HEAD:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {HEAD}, the width of a head")
+    return int(text)
 
 
 class Block(nn.Module):

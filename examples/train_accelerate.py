@@ -16,23 +16,24 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from gpt import GPT, batches, standard_library
+from gpt import GPT, HEAD, Formatter, batches, positive, standard_library, width
 from rich.progress import track
 
 from offload_opt import OffloadOptimizer
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder")
-    parser.add_argument("--host-memory", default="8MiB", help="host memory for optimizer state (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--accumulate", type=int, default=2, help="batches an optimizer step")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--cpu", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
+    add("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder; else in memory")
+    add("--host-memory", default="8MiB", metavar="SIZE", help="host memory for optimizer state")
+    add("--steps", type=positive, default=20, help="optimizer steps")
+    add("--accumulate", type=positive, default=2, help="batches an optimizer step")
+    add("--layers", type=positive, default=4, help="layers of the model")
+    add("--width", type=width, default=256, help=f"width of the model, a multiple of {HEAD}")
+    add("--batch", type=positive, default=4, help="sequences a batch")
+    add("--context", type=positive, default=128, help="bytes of text in a sequence")
+    add("--cpu", action="store_true", help="train on the CPU also where there is a GPU")
     return parser.parse_args()
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     args = parse()
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, cpu=args.cpu)
     set_seed(1)
-    model = GPT(args.layers, args.width, args.width // 64, args.context)
+    model = GPT(args.layers, args.width, args.width // HEAD, args.context)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if args.offload is not None:
         if accelerator.is_main_process:
@@ -55,7 +56,8 @@ def main() -> None:
     data = batches(text, args.batch, args.context, seed=accelerator.process_index)  # each process sees other text
     batch_count = args.steps * args.accumulate
     loss = torch.zeros(())
-    for tokens in track(islice(data, batch_count), total=batch_count, disable=not accelerator.is_main_process):
+    watched = accelerator.is_main_process
+    for tokens in track(islice(data, batch_count), "training, in batches", total=batch_count, disable=not watched):
         with accelerator.accumulate(model):
             loss = model(tokens.to(accelerator.device))
             accelerator.backward(loss)
@@ -72,7 +74,8 @@ def main() -> None:
     accelerator.print(f"loss {loss.item():.6f}, weights {weights.hexdigest()[:16]}")
     if isinstance(optimizer, OffloadOptimizer):
         stats = optimizer.stats
-        accelerator.print(f"state {stats.state_bytes >> 20} MiB, buffers {stats.host_memory_bytes >> 20} MiB a process")
+        state, buffers = (count / 2**20 for count in (stats.state_bytes, stats.host_memory_bytes))
+        accelerator.print(f"state {state:.1f} MiB, buffers {buffers:.1f} MiB a process")
         optimizer.close()
     # A thread of gloo's may still have to let go of the last collective's tensor, and torch 2.13 aborts a process whose
     # interpreter ends in that moment. Collecting garbage here gives it the time.

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from gpt import GPT, batches, standard_library
+from gpt import GPT, HEAD, Formatter, batches, positive, standard_library, width
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,18 +34,19 @@ class Run:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder")
-    parser.add_argument("--host-memory", default="24MiB", help="host memory for optimizer state (default: %(default)s)")
-    parser.add_argument("--compare", action="store_true", help="train in memory too, and compare")
-    parser.add_argument("--steps", type=int, default=110)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
+    add("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder; else in memory")
+    add("--host-memory", default="24MiB", metavar="SIZE", help="host memory for optimizer state")
+    add("--compare", action="store_true", help="train in memory too, and compare")
+    add("--steps", type=positive, default=110, help="optimizer steps")
+    add("--layers", type=positive, default=8, help="layers of the model")
+    add("--width", type=width, default=512, help=f"width of the model, a multiple of {HEAD}")
+    add("--batch", type=positive, default=4, help="sequences a step")
+    add("--context", type=positive, default=128, help="bytes of text in a sequence")
+    add("--lr", type=float, default=1e-3, help="the highest learning rate")
+    add("--seed", type=int, default=1, help="of the weights and of the order of the text")
+    add("--device", default="cpu", help="where the model is, such as cuda")
     args = parser.parse_args()
     if args.compare and args.offload is None:
         parser.error("--compare needs --offload DIR: the folder for the offloaded run")
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
 def train(args: argparse.Namespace, text: torch.Tensor, folder: Path | None) -> Run:
     """Train from the seed, with the optimizer state in ``folder`` or, without one, in memory."""
     torch.manual_seed(args.seed)
-    model = GPT(args.layers, args.width, args.width // 64, args.context).to(args.device)
+    model = GPT(args.layers, args.width, args.width // HEAD, args.context).to(args.device)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     if folder is not None:
         optimizer = OffloadOptimizer(optimizer, folder, host_memory=args.host_memory)  # the one line that differs
@@ -103,13 +104,14 @@ def report(args: argparse.Namespace, plain: Run | None, offloaded: Run) -> Table
     stats = offloaded.stats
     assert stats is not None
     parameters = sum(weight.numel() for weight in offloaded.weights)
-    table = Table(title=f"GPT of {parameters / 1e6:.1f} M parameters, {args.steps} steps of AdamW")
+    steps = "1 step" if args.steps == 1 else f"{args.steps} steps"
+    table = Table(title=f"GPT of {parameters / 1e6:.1f} M parameters, {steps} of AdamW")
     table.add_column()
-    table.add_column("in memory", justify="right")
-    table.add_column("offloaded", justify="right")
+    for name in ("in memory", "offloaded") if plain else ("offloaded",):
+        table.add_column(name, justify="right")
 
     def row(label: str, of_plain: str, of_offloaded: str) -> None:
-        table.add_row(label, of_plain if plain else "", of_offloaded)
+        table.add_row(label, *([of_plain] if plain else []), of_offloaded)
 
     for step in sorted({0, args.steps // 2, args.steps - 1}):
         row(
@@ -118,7 +120,9 @@ def report(args: argparse.Namespace, plain: Run | None, offloaded: Run) -> Table
             f"{offloaded.losses[step].item():.6f}",
         )
     if plain:
-        row(f"all {args.steps} losses", "", same_bits(plain.losses, offloaded.losses))
+        row(
+            "the loss" if args.steps == 1 else f"all {args.steps} losses", "", same_bits(plain.losses, offloaded.losses)
+        )
         row("weights at the end", "", same_bits(plain.weights, offloaded.weights))
     row("optimizer state", size(8 * parameters), size(stats.state_bytes))
     row("host memory for it", size(8 * parameters), size(stats.host_memory_bytes))

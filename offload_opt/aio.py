@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from . import _C
-from .config import ENGINES, LIMITS, AioConfig, parse_bytes
+from .config import ENGINES, LIMITS, AioConfig, format_bytes, parse_bytes
 from .errors import ConfigError, OffloadWarning
 
 logger = logging.getLogger("offload_opt")
@@ -69,6 +70,7 @@ class AioHandle:
             says, or else the first of them that works here; an info line in the log says which and why.
         registered: Register page-locked memory (``new_cpu_locked_tensor``) and busy files with the kernel, where the
             engine can. It saves CPU time; the bytes are the same.
+        quiet: Leave the info line out: the handle serves a measurement, for example.
         folder: Where the files will be, if that is known: without direct I/O there, ``"auto"`` leaves libaio out, which
             is asynchronous with direct I/O only.
 
@@ -87,6 +89,7 @@ class AioHandle:
         engine: str = "auto",
         registered: bool = True,
         folder: str | os.PathLike[str] | None = None,
+        quiet: bool = False,
     ) -> None:
         block_size = parse_bytes(block_size, "block_size")
         for name, value in (("block_size", block_size), ("queue_depth", queue_depth), ("num_threads", num_threads)):
@@ -95,11 +98,14 @@ class AioHandle:
             if not 1 <= value <= LIMITS[name]:
                 raise ConfigError(f"{name} must lie in 1..{LIMITS[name]}, not {value}")
         self._settings = (block_size, queue_depth, bool(single_submit), bool(overlap_events), num_threads)
-        self.engine, self._handle = _make_handle(self._settings, registered, engine, folder)
+        self.engine, self._handle, why = _make_handle(self._settings, registered, engine, folder)
+        logger.log(logging.DEBUG if quiet else logging.INFO, "I/O engine %s: %s", self.engine, why)
         _open_handles.add(self)
 
     @classmethod
-    def from_config(cls, config: AioConfig, folder: str | os.PathLike[str] | None = None) -> AioHandle:
+    def from_config(
+        cls, config: AioConfig, folder: str | os.PathLike[str] | None = None, *, quiet: bool = False
+    ) -> AioHandle:
         """A handle with the settings of ``config``."""
         return cls(
             config.block_size,
@@ -110,6 +116,7 @@ class AioHandle:
             engine=config.engine,
             registered=config.registered,
             folder=folder,
+            quiet=quiet,
         )
 
     # What it was made with.
@@ -313,8 +320,8 @@ def direct_io(folder: str | os.PathLike[str]) -> tuple[int, str]:
 
 def _make_handle(
     settings: tuple[int, int, bool, bool, int], registered: bool, engine: str, folder: str | os.PathLike[str] | None
-) -> tuple[str, _C.Handle]:
-    """The engine's name, and a native handle with it: for ``"auto"``, the first engine that can be made."""
+) -> tuple[str, _C.Handle, str]:
+    """The engine's name, a native handle with it, and why it is that: for ``"auto"``, the first that can be made."""
     asked_for = repr(engine)
     if engine == "auto" and "OFFLOAD_OPT_ENGINE" in os.environ:
         engine = os.environ["OFFLOAD_OPT_ENGINE"]
@@ -333,8 +340,7 @@ def _make_handle(
             except OSError as error:
                 works, why_not = False, str(error)
         if works:
-            logger.info("I/O engine %s: %s", name, "; ".join(reasons) or "the first that works")
-            return name, handle
+            return name, handle, "; ".join(reasons) or "the first that works"
         reasons.append(f"{name} does not work here ({why_not})")
     raise ConfigError(f"no I/O engine: {'; '.join(reasons)}")
 
@@ -413,10 +419,11 @@ def _allocate_locked(size: int) -> _C.LockedMemory | None:
     if memory.why_not_locked and not _warned_not_locked:
         _warned_not_locked = True
         warnings.warn(
-            f"could not lock {memory.size} bytes into memory ({memory.why_not_locked}); going on with ordinary memory. "
-            "Raise the limit (ulimit -l, or LimitMEMLOCK for a service) so that the buffers cannot be swapped out.",
+            f"could not lock {format_bytes(memory.size)} of memory ({memory.why_not_locked}); going on with ordinary "
+            "memory. Raise the limit (ulimit -l, or LimitMEMLOCK for a service) so that the buffers cannot be swapped "
+            "out.",
             OffloadWarning,
-            stacklevel=3,
+            stacklevel=_stacklevel(),
         )
     if torch.cuda.is_available():
         error = int(_cuda_runtime().cudaHostRegister(memory.address, memory.size, 1))  # 1: portable over devices
@@ -427,6 +434,16 @@ def _allocate_locked(size: int) -> _C.LockedMemory | None:
             )
     _locked[memory.address] = memory.size
     return memory
+
+
+def _stacklevel() -> int:
+    """For a warning of the function that calls this: the first caller that is neither the package's nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("offload_opt", "torch"):
+        if frame.f_back is None:
+            return 2
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _cuda_runtime() -> Any:

@@ -80,7 +80,7 @@ class ScratchFiles:
         with self._stack as stack:  # closes all of it if the rest fails
             try:
                 made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".offload-opt-", dir=folder)))
-                with contextlib.closing(AioHandle.from_config(AioConfig(), folder)) as handle:
+                with contextlib.closing(AioHandle.from_config(AioConfig(), folder, quiet=True)) as handle:
                     self._allocate(handle, transfer)
                     self._write_files(handle, made, nbytes // transfer, seconds)
             except OSError as error:
@@ -177,7 +177,7 @@ class _Ring:
 
 def run(drives: Sequence[ScratchFiles], aio: AioConfig, direction: Direction, seconds: float) -> list[float]:
     """Bytes per second of each drive, all at once."""
-    with contextlib.closing(AioHandle.from_config(aio, drives[0].folder)) as handle:
+    with contextlib.closing(AioHandle.from_config(aio, drives[0].folder, quiet=True)) as handle:
         rings = [_Ring(handle, files, direction) for files in drives]
         ends = time.perf_counter() + seconds
         for ring in rings:

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import statistics
 import sys
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,7 +40,7 @@ from rich.text import Text
 from .aio import AioHandle, engines
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .config import ENGINES, AioConfig, format_bytes, parse_bytes
-from .doctor import Finding, describe, examine_folder, examine_machine
+from .doctor import Finding, check_for_data, describe, examine_folder, examine_machine, file_system, is_in_memory
 from .errors import ConfigError, OffloadError, StoreError
 from .inspection import NothingCommittedError, RankSummary, find_ranks, summarise
 from .screens import print_store, print_verified
@@ -51,6 +52,9 @@ _DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _WRITING = 0.15  # the part of a measurement's time in which its files are written
 _NOISE = 0.25
+_OPTIONS = {"aio.block_size": "--block-size", "aio.queue_depth": "--queue-depth", "aio.num_threads": "--threads"}
+_TEMPORARY = re.compile(r"/\.offload-opt(-|\.json\.)\w{8}(/\d+)?$")
+"""The end of a temporary file's path, below a folder that the user knows."""
 
 Rates = dict[tuple[AioConfig, Direction], list[float]]
 """Bytes per second of each repeat."""
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
-            where = f": {error.filename}" if error.filename else ""
+            where = f": {_TEMPORARY.sub('', os.fsdecode(error.filename))}" if error.filename else ""
             return _fail(f"{error.strerror or error}{where}")
         except OffloadError as error:
             return _fail(str(error))
@@ -100,9 +104,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    check_for_data(args.path)
     names = args.engine or [name for name, works, _ in engines() if works]
     grid = itertools.product(names, args.block_size, args.queue_depth, args.threads)
-    configs = [AioConfig(engine=e, block_size=b, queue_depth=d, num_threads=t) for e, b, d, t in grid]
+    try:
+        configs = [AioConfig(engine=e, block_size=b, queue_depth=d, num_threads=t) for e, b, d, t in grid]
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"aio\.\w+", lambda setting: _OPTIONS[setting[0]], str(error))) from None
     with _progress() as advance:
         rates = _compare(args.path, configs, args.size, args.seconds, args.repeats, advance)
     if args.json:
@@ -113,17 +121,24 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    mount = check_for_data(args.path)
     with _progress() as advance:
         found, default = tune(args.path, seconds=args.seconds, progress=advance)
     console = _console()
     _print_tuned(console, args.path, found, default)
     if found.aio == default.aio:
         console.print("Nothing else that was tried is faster by 3 % or more.")
+    if mount is not None and is_in_memory(mount):
+        finding = file_system(mount)
+        console.print(Text(f"Warning: {finding.found}. What to do: {finding.advice}.", style="yellow"))
     if args.dry_run:
         console.print("Not saved: --dry-run.")
         return 0
     file = save_tuned(args.path, found)
-    console.print(Text(f"Saved in {file}: OffloadOptimizer uses it from now on."), soft_wrap=True)
+    said = f"Saved in {file}: OffloadOptimizer uses it from now on."
+    if found.aio == default.aio:
+        said = f"The defaults suit this drive; recorded in {file}."
+    console.print(Text(said), soft_wrap=True)
     return 0
 
 
@@ -179,10 +194,10 @@ def _compare(
 ) -> Rates:
     """Measure all settings in all directions, in turns, so that what else the machine does hits all of them."""
     if nbytes < LEAST_MEASURED:
-        raise ConfigError(f"at least {format_bytes(LEAST_MEASURED)} are needed to measure, not {format_bytes(nbytes)}")
+        raise ConfigError(f"--size must be at least {format_bytes(LEAST_MEASURED)}, not {format_bytes(nbytes)}")
     for aio in configs:  # what does not work fails before anything is written
         try:
-            AioHandle.from_config(aio, folder).close()
+            AioHandle.from_config(aio, folder, quiet=True).close()
         except ValueError as error:
             raise ConfigError(str(error)) from error
     runs = [(aio, direction) for _ in range(repeats) for aio in configs for direction in _DIRECTIONS]
@@ -200,8 +215,18 @@ def _compare(
 # Output.
 
 
+class _Console(Console):
+    """Without the blanks with which rich fills lines up."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        for line in captured.get().splitlines():
+            self.file.write(f"{line.rstrip()}\n")
+
+
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     console.width = min(console.width, _WIDEST)
     return console
 
@@ -282,8 +307,8 @@ def _bench_content(args: argparse.Namespace, configs: Sequence[AioConfig], rates
 def _print_tuned(console: Console, folder: Path, found: Tuned, default: Tuned) -> None:
     """The defaults, and beside them what was found, where it is something else."""
     table = Table(title=f"I/O settings for {escape(str(folder))}")
-    table.add_column()
-    for name in ("default",) if found.aio == default.aio else ("default", "found", ""):
+    table.add_column("setting")
+    for name in ("default",) if found.aio == default.aio else ("default", "found", "change"):
         table.add_column(name, justify="right")
 
     def row(name: str, of_default: str, of_found: str, change: str) -> None:
@@ -291,7 +316,7 @@ def _print_tuned(console: Console, folder: Path, found: Tuned, default: Tuned) -
 
     for field in dataclasses.fields(AioConfig):
         values = [getattr(tuned.aio, field.name) for tuned in (default, found)]
-        shown = [format_bytes(value) if field.name == "block_size" else str(value) for value in values]
+        shown = [format_bytes(value) if field.name == "block_size" else _in_words(value) for value in values]
         row(field.name, shown[0], shown[1], "" if values[0] == values[1] else "changed")
     table.add_section()
     for direction in _DIRECTIONS:
@@ -299,6 +324,11 @@ def _print_tuned(console: Console, folder: Path, found: Tuned, default: Tuned) -
         change = f"{100 * (after / before - 1):+.0f} %"
         row(direction, f"{before / 1e9:.2f} GB/s", f"{after / 1e9:.2f} GB/s", change)
     console.print(table)
+    console.print("Chosen by the mixed figure, of reads and writes together: a step reads and writes at once.")
+
+
+def _in_words(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 @contextlib.contextmanager
@@ -357,10 +387,20 @@ def _ended_by_signals() -> Iterator[None]:
 # The arguments.
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Refuses by itself what it does not know, with the usage of its command; else the parser above would."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="offload-opt", description="Keep a PyTorch model's optimizer state on NVMe.")
     parser.add_argument("--version", action="version", version=f"offload-opt {version('offload_opt')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
     seconds = "for all of it, roughly (default: %(default)g)"
 
     text = "say what this machine, and a folder's drive, offer, and what to do about what is missing"
@@ -375,12 +415,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = bench.add_argument
     add("path", type=_folder, metavar="PATH", help="a folder on the drive; temporary files are made in it")
-    add("--size", type=_size, default="1GiB", help="of these files in all, at most (default: %(default)s)")
+    add("--size", type=_size, default="1GiB", help=_of("total size of the temporary files, at most"))
     add("--block-size", type=_list(_size), default="256KiB,1MiB,4MiB", metavar="LIST", help=_of("bytes of a request"))
     add("--queue-depth", type=_list(_positive), default="32", metavar="LIST", help=_of("requests in flight a thread"))
     add("--threads", type=_list(_positive), default="1", metavar="LIST", help=_of("I/O threads"))
     add("--engine", type=_list(_engine), metavar="LIST", help=f"of {', '.join(ENGINES)} (default: each that works)")
-    add("--repeats", type=_positive, default=3, metavar="N", help=_of("of each measurement, of which the median"))
+    add("--repeats", type=_positive, default=3, metavar="N", help=_of("times each is measured; the median is shown"))
     add("--seconds", type=_seconds, default=60.0, metavar="S", help=seconds)
     add("--json", action="store_true", help="print the figures as JSON, in bytes a second")
     bench.set_defaults(run=_bench)
@@ -433,9 +473,9 @@ def _folder(text: str, missing: str = "does not exist: make the folder first") -
 
 def _size(text: str) -> int:
     try:
-        return parse_bytes(text, "size")
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        return parse_bytes(text, "")
+    except ConfigError as error:  # argparse puts the option's name before it
+        raise argparse.ArgumentTypeError(str(error).lstrip("= ")) from None
 
 
 def _positive(text: str) -> int:

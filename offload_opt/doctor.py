@@ -41,6 +41,9 @@ _MLOCK_ONFAULT = 1
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "afs"}
 _NETWORK |= {"ceph", "lustre", "beegfs", "gpfs", "glusterfs", "pvfs2", "orangefs", "ocfs2", "gfs2", "wekafs"}
 _IN_MEMORY = {"tmpfs", "ramfs"}
+_NOT_FOR_DATA = {"proc", "sysfs", "cgroup", "cgroup2", "devpts", "debugfs", "tracefs", "securityfs", "configfs"}
+_NOT_FOR_DATA |= {"bpf", "mqueue", "pstore", "efivarfs", "binfmt_misc", "fusectl", "selinuxfs", "autofs", "nsfs"}
+_LOCAL = "choose a folder on a local NVMe drive, with ext4 or XFS"
 _ENOUGH_FILES = 1024
 _ENOUGH_AIO_EVENTS = 8192
 _ALLOW_IO_URING = (
@@ -81,8 +84,9 @@ def examine_machine(root: str | os.PathLike[str] = "/") -> list[Finding]:
 def examine_folder(folder: Path, root: str | os.PathLike[str] = "/") -> list[Finding]:
     """All findings about an existing folder and what lies under it."""
     folder = folder.resolve()
-    number = folder.stat().st_dev
-    mount = find_mount(folder, f"{os.major(number)}:{os.minor(number)}", root)
+    mount = _mount_of(folder, root)
+    if mount is not None and mount.fstype in _NOT_FOR_DATA:
+        return [file_system(mount)]
     findings = [writable(folder)]
     if mount is not None:
         findings.append(file_system(mount))
@@ -94,6 +98,19 @@ def examine_folder(folder: Path, root: str | os.PathLike[str] = "/") -> list[Fin
     if findings[0].status != "fail":
         findings.append(tuned(folder))
     return findings
+
+
+def check_for_data(folder: Path, root: str | os.PathLike[str] = "/") -> Mount | None:
+    """The mount of an existing folder, where the system shows it. Raises ConfigError where it is none for data."""
+    mount = _mount_of(folder.resolve(), root)
+    if mount is not None and mount.fstype in _NOT_FOR_DATA:
+        raise ConfigError(f"{folder} is on {mount.fstype}, not a file system for data: {_LOCAL}")
+    return mount
+
+
+def is_in_memory(mount: Mount) -> bool:
+    """Whether the mount's files take memory instead of a drive's space."""
+    return mount.fstype in _IN_MEMORY
 
 
 # The machine.
@@ -142,7 +159,7 @@ def engine_findings() -> list[Finding]:
     some_work = any(works for _, works, _ in table)
     findings = []
     try:
-        with AioHandle() as handle:
+        with AioHandle(quiet=True) as handle:
             chosen = handle.engine
     except ConfigError as error:
         chosen = ""
@@ -282,16 +299,17 @@ def file_system(mount: Mount) -> Finding:
     """The kind of file system, and whether that kind suits."""
     name, kind = "file system", mount.fstype
     found = f"{kind} on {mount.point} from {mount.source} ({', '.join(mount.options)})"
-    local = "choose a folder on a local NVMe drive, with ext4 or XFS"
-    if kind in _IN_MEMORY:
-        return Finding(name, "warn", f"{found}: its files are in memory, so offloading there saves none", local)
+    if kind in _NOT_FOR_DATA:
+        return Finding(name, "fail", f"{kind} on {mount.point}: not a file system for data", _LOCAL)
+    if is_in_memory(mount):
+        return Finding(name, "warn", f"{found}: its files are in memory, so offloading there saves none", _LOCAL)
     if kind == "overlay":
         advice = "mount a folder of the host's NVMe drive: docker run -v /mnt/nvme:/mnt/nvme"
         return Finding(name, "warn", f"{found}: a container's own layer, lost with it", advice)
     if kind in _NETWORK:
-        return Finding(name, "warn", f"{found}: the state would travel over the network", local)
+        return Finding(name, "warn", f"{found}: the state would travel over the network", _LOCAL)
     if kind.startswith("fuse"):
-        return Finding(name, "warn", f"{found}: each request passes through a process (FUSE)", local)
+        return Finding(name, "warn", f"{found}: each request passes through a process (FUSE)", _LOCAL)
     if kind == "btrfs" and not {"nodatacow", "nodatasum"} & set(mount.options):
         advice = "in a new, empty folder: chattr +C FOLDER; or use ext4 or XFS"
         return Finding(name, "warn", f"{found}: copies what is overwritten and checksums it", advice)
@@ -378,6 +396,12 @@ def describe(settings: AioConfig) -> str:
 # How it is found out.
 
 
+def _mount_of(folder: Path, root: str | os.PathLike[str]) -> Mount | None:
+    """Of a folder without symbolic links."""
+    number = folder.stat().st_dev
+    return find_mount(folder, f"{os.major(number)}:{os.minor(number)}", root)
+
+
 def _has_capability(bit: int, root: str | os.PathLike[str]) -> bool:
     for line in read_text(root, "proc/self/status").splitlines():
         if line.startswith("CapEff:"):
@@ -418,7 +442,7 @@ def _container_limit(root: str | os.PathLike[str]) -> int | None:
 
 
 def _registers_with_cuda() -> bool:
-    with AioHandle() as handle:
+    with AioHandle(quiet=True) as handle:
         tensor = handle.new_cpu_locked_tensor(1, torch.empty(0, dtype=torch.uint8))
         pinned = tensor.is_pinned()
         handle.free_cpu_locked_tensor(tensor)

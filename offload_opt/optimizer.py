@@ -21,7 +21,7 @@ from .inner import InnerOptimizer, register
 from .pager import ParameterPager, parameters_of, plan_parameters, plan_states
 from .state_dict import PagedState, Unconverted, export_state, hide_from_conversion
 from .store import SwapStore
-from .swap_manager import SwapManager
+from .swap_manager import Failure, SwapManager
 from .trace import SwapStats
 from .tuning import bandwidths_of, settings_for
 from .units import Paging, check_memory, state_bytes
@@ -86,6 +86,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         self._inner = inner
         self._stats = SwapStats()
+        self._failure = Failure()
         handle = AioHandle.from_config(aio, folder=paths[0])
         try:
             durable = self.config.durability != "scratch"
@@ -96,7 +97,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise
         if discard:
             store.discard()
-        self._manager = SwapManager(handle, store, host_memory, self._stats)
+        self._manager = SwapManager(handle, store, host_memory, self._stats, self._failure)
         self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
         self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
         self.extra: Any = {}

@@ -52,10 +52,6 @@ def link_or_copy(pairs: Sequence[FilePair], what: str) -> set[Path]:
 
 
 def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
-    # Here, so that importing the package does not import it.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     nbytes = sum(pair.nbytes for pair in pairs)
     folder = pairs[0].target.parent
     free = free_bytes(folder)
@@ -66,6 +62,10 @@ def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
     _log.info(
         "%s: copying %s to %s, which is on another file system than the store", what, format_bytes(nbytes), folder
     )
+    # Not at the top: importing the package would take a tenth of a second more.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

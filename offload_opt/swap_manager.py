@@ -13,6 +13,7 @@ Python's.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,22 +36,46 @@ Visit = Callable[[SwapUnit, torch.Tensor], None]
 """Called with a resident unit and the 1-D uint8 tensor that holds its bytes, which it may change."""
 
 
+class Failure:
+    """The first error that left the state on disk incomplete.
+
+    Not a part of the manager, which lives until it is closed: an error's traceback holds what was on the way, the
+    optimizer too, which would then never be collected.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+
 class SwapManager:
-    """Owns the ring, the pool and the transfers under way; borrows the handle and the store.
+    """Owns the ring, the pool and the transfers under way; borrows the handle, the store and the failure.
 
     After any error of a walk the state on disk is incomplete, and everything but ``forget_all`` and ``close`` raises
     StepFailedError, with the first error as its cause.
     """
 
-    def __init__(self, handle: AioHandle, store: SwapStore, host_memory: int, stats: SwapStats) -> None:
+    def __init__(
+        self, handle: AioHandle, store: SwapStore, host_memory: int, stats: SwapStats, failure: Failure
+    ) -> None:
         self._handle = handle
         self._store = store
         self._stats = stats
         self._pool = BufferPool(handle, host_memory)
         self._ring: deque[tuple[SwapUnit, PinnedBuffer]] = deque()
         self._writes: dict[SwapUnit, IoFuture] = {}  # oldest first
-        self._failure: BaseException | None = None
+        self._failure_of = weakref.ref(failure)
         self.units: list[SwapUnit] = []
+
+    @property
+    def _failure(self) -> BaseException | None:
+        failure = self._failure_of()
+        return None if failure is None else failure.error
+
+    @_failure.setter
+    def _failure(self, error: BaseException | None) -> None:
+        failure = self._failure_of()
+        if failure is not None:  # else nobody is left who could ask
+            failure.error = error
 
     @property
     def next_index(self) -> int:

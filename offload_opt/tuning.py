@@ -257,7 +257,7 @@ def settings_for(folder: str | os.PathLike[str]) -> AioConfig:
         aio = dataclasses.replace(aio, engine="auto")
     path = Path(folder) / TUNED_FILE
     try:
-        AioHandle.from_config(aio, folder).close()
+        AioHandle.from_config(aio, folder, quiet=True).close()
     except (ConfigError, OSError) as error:
         logger.warning("the settings in %s do not work any more, so the defaults are used: %s", path, error)
         return AioConfig()

@@ -77,7 +77,7 @@ def test_auto_takes_the_first_that_works_and_says_so(
 ) -> None:
     monkeypatch.delenv("OFFLOAD_OPT_ENGINE", raising=False)
     caplog.set_level(logging.INFO, logger="offload_opt")
-    with AioHandle(folder=tmp_path) as handle:
+    with AioHandle(folder=tmp_path) as handle, AioHandle(quiet=True):
         assert handle.engine == names()[0]
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.INFO] == [
         f"I/O engine {names()[0]}: the first that works"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import tempfile
 import warnings
 from itertools import product
 from pathlib import Path
@@ -123,8 +124,32 @@ with warnings.catch_warnings(record=True) as caught:
             assert owner.free_cpu_locked_tensor(tensor)
 assert [warning.category for warning in caught] == [OffloadWarning], caught
 assert "ulimit -l" in str(caught[0].message), caught[0]
+assert str(caught[0].message).startswith("could not lock 392.0 KiB of memory"), caught[0]
+assert caught[0].filename == "<script>", caught[0]
+"""
+
+MAY_LOCK_NOTHING_IN_A_STEP = """
+import os, resource, sys, warnings, torch, torch._dynamo
+from offload_opt import OffloadOptimizer
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+parameter = torch.nn.Parameter(torch.zeros(1000))
+optimizer = torch.optim.Adam([parameter])
+os.chmod(sys.argv[1], 0o777)
+if os.getuid() == 0:
+    os.seteuid(65534)  # root is not held to the limit
+parameter.grad = torch.ones_like(parameter)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    os.chdir(sys.argv[1])
+    OffloadOptimizer(optimizer, ".").step()
+assert [warning.filename for warning in caught] == ["<script>"], caught
 """
 
 
 def test_memory_that_may_not_be_locked_is_warned_of_once() -> None:
     scripts.run_well(MAY_LOCK_NOTHING)
+
+
+def test_the_warning_points_at_the_line_of_the_user() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not below a folder of root's alone
+        scripts.run_well(MAY_LOCK_NOTHING_IN_A_STEP, folder)

@@ -20,6 +20,7 @@ import pytest
 from offload_opt import _C, __version__, cli
 from offload_opt.config import AioConfig
 from offload_opt.doctor import Finding
+from offload_opt.drives import Mount
 from offload_opt.tuning import TUNED_FILE, Tuned, load_tuned
 
 WORKING = [name for name, works, _ in _C.engines() if works]
@@ -87,8 +88,8 @@ def test_a_path_that_cannot_be_looked_at_is_a_usage_error(
         (["polish"], "polish"),
         (["bench"], "PATH"),
         (["tune"], "PATH"),
-        (["bench", ".", "--size", "3q"], "'3q' is not a size"),
-        (["bench", ".", "--block-size", "1MiB,-1"], "'-1' is not a size"),
+        (["bench", ".", "--size", "3q"], "argument --size: '3q' is not a size"),
+        (["bench", ".", "--block-size", "1MiB,-1"], "argument --block-size: '-1' is not a size"),
         (["bench", ".", "--block-size", "1MiB,0"], "positive"),
         (["bench", ".", "--queue-depth", "8,,16"], "'' is not a positive number"),
         (["bench", ".", "--threads", "0"], "'0' is not a positive number"),
@@ -102,6 +103,25 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], 
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
     assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["doctor", "bench", "tune"])
+def test_a_mistyped_option_shows_the_usage_of_its_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    status, out, err = run(capsys, command, ".", "--foo")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"usage: offload-opt {command} [-h]")
+    assert err.endswith(f"offload-opt {command}: error: unrecognized arguments: --foo\n")
+
+
+def test_a_file_system_that_is_not_for_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("bench", "tune"):
+        status, out, err = run(capsys, command, "/proc/self")
+        assert (status, out) == (1, "")
+        assert "/proc/self is on proc, not a file system for data" in err
+    status, out, _ = run(capsys, "doctor", "/proc/self")
+    assert status == 1
+    assert "proc on /proc: not a file system for data" in in_words(out)
+    assert "chmod" not in out
 
 
 # doctor
@@ -157,6 +177,7 @@ def test_doctor_with_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "1 failure, 1 warning" in out
     assert out.count("x") == 200
     assert max(map(len, out.splitlines())) <= width
+    assert not re.search(" $", out, re.MULTILINE)
     status, out, _ = run(capsys, "doctor", "--json")
     assert status == 1
     assert json.loads(out)["findings"][2] == {
@@ -231,20 +252,22 @@ def test_errors_are_one_line(
 ) -> None:
     status, out, err = run(capsys, "bench", tmp_path, "--size", "64")
     assert (status, out) == (1, "")
-    assert re.fullmatch(r"offload-opt: error: .*64 B.*\n", err)
+    assert re.fullmatch(r"offload-opt: error: --size .*64 B.*\n", err)
 
     status, out, err = run(capsys, "bench", tmp_path, "--queue-depth", "1000000")
     assert (status, out) == (1, "")
-    assert re.fullmatch(r"offload-opt: error: .*queue_depth.*1000000.*\n", err)
+    assert re.fullmatch(r"offload-opt: error: --queue-depth .*1000000.*\n", err)
     assert list(tmp_path.iterdir()) == []
 
     def rate(aio: AioConfig, direction: str) -> float:
-        raise OSError(errno.EIO, "read at offset 4096: Input/output error", "/mnt/x")
+        raise OSError(errno.EIO, "read at offset 4096: Input/output error", files.pop())
 
     fake_drive(monkeypatch, rate)
-    status, out, err = run(capsys, "bench", tmp_path)
-    assert (status, out) == (1, "")
-    assert err == "offload-opt: error: read at offset 4096: Input/output error: /mnt/x\n"
+    files = ["/mnt/x", "/mnt/x/.offload-opt-a1b2c_34", "/mnt/x/.offload-opt-a1b2c_34/17"]
+    while files:  # the name of a temporary file says nothing
+        status, out, err = run(capsys, "bench", tmp_path)
+        assert (status, out) == (1, "")
+        assert err == "offload-opt: error: read at offset 4096: Input/output error: /mnt/x\n"
 
 
 def test_an_engine_that_does_not_work_fails_before_anything_is_written(
@@ -298,7 +321,8 @@ def test_signals_that_the_caller_ignores_stay_ignored(
 def test_tune_saves_what_it_finds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, err = run(capsys, "tune", tmp_path, "--seconds", "1")
     assert (status, err) == (0, "")
-    assert f"Saved in {tmp_path / TUNED_FILE}: OffloadOptimizer uses it from now on." in out
+    file = re.escape(str(tmp_path / TUNED_FILE))
+    assert re.search(f"Saved in {file}: OffloadOptimizer uses|The defaults suit this drive; recorded in {file}", out)
     tuned = load_tuned(tmp_path)
     assert tuned is not None
     assert min(tuned.read, tuned.write, tuned.mixed) > 0
@@ -327,6 +351,9 @@ def test_tune_shows_what_it_found_against_the_defaults(
     assert rows["block_size"] == ["1.0", "MiB", "4.0", "MiB", "changed"]
     assert rows["queue_depth"] == ["32", "64", "changed"]
     assert rows["num_threads"] == ["1", "1"]
+    assert (rows["single_submit"], rows["registered"]) == (["no", "no"], ["yes", "yes"])
+    assert rows["setting"] == ["default", "found", "change"]
+    assert "Chosen by the mixed figure" in out
     assert rows["mixed"] == ["2.00", "GB", "s", "3.00", "GB", "s", "+50", "%"]
     tuned = load_tuned(tmp_path)
     assert tuned is not None
@@ -340,6 +367,7 @@ def test_tune_that_finds_nothing_better(
     status, out, _ = run(capsys, "tune", tmp_path)
     assert status == 0
     assert "Nothing else" in out
+    assert f"The defaults suit this drive; recorded in {tmp_path / TUNED_FILE}." in out
     assert "changed" not in out
     tuned = load_tuned(tmp_path)
     assert tuned is not None
@@ -354,6 +382,18 @@ def test_tune_dry_run_saves_nothing(
     assert status == 0
     assert "Not saved" in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_tune_warns_of_a_folder_in_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    mount = Mount("/mnt", "tmpfs" if in_memory else "ext4", "x", ("rw",), "0:30")
+    monkeypatch.setattr("offload_opt.doctor.find_mount", lambda *_: mount)
+    with_tuned(monkeypatch, FOUND, {AioConfig(): 2e9, FOUND: 3e9})
+    status, out, _ = run(capsys, "tune", tmp_path)
+    assert status == 0
+    assert ("Warning: tmpfs on /mnt from x (rw): its files are in memory" in in_words(out)) == in_memory
 
 
 # In processes of its own.

@@ -23,6 +23,7 @@ def test_train_gpt_compares_memory_and_disk(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "by the example"
     options = ["--offload", folder, "--compare", "--host-memory", "256KiB", *SMALL]
     table = run(sys.executable, EXAMPLES / "train_gpt.py", *options)
+    assert "in memory" in table
     assert re.search(r"all 4 losses .*bit-equal", table)
     assert re.search(r"weights at the end .*bit-equal", table)
     assert re.search(r"host memory for it .* 0\.\d MiB", table)
@@ -30,6 +31,24 @@ def test_train_gpt_compares_memory_and_disk(tmp_path: Path) -> None:
 
 def test_train_gpt_in_memory_only() -> None:
     assert "4/4" in run(sys.executable, EXAMPLES / "train_gpt.py", *SMALL)
+
+
+def test_train_gpt_offloaded_only(tmp_path: Path) -> None:
+    options = ["--offload", tmp_path, "--host-memory", "256KiB", "--steps", "1", "--layers", "1", "--width", "64"]
+    out = run(sys.executable, EXAMPLES / "train_gpt.py", *options)
+    assert "1 step of AdamW" in " ".join(out.split())
+    assert "in memory" not in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--width", "32", "32 is not a multiple of 64"), ("--steps", "0", "'0' is not a positive number")],
+)
+def test_train_gpt_refuses_what_makes_no_model(option: str, value: str, said: str) -> None:
+    command = [sys.executable, EXAMPLES / "train_gpt.py", option, value]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_train_gpt_refuses_compare_without_a_folder() -> None:
@@ -52,6 +71,7 @@ def test_train_accelerate(processes: int, tmp_path: Path) -> None:
     result = re.search(r"loss \S+, weights \S+", in_memory)
     assert result is not None
     assert result[0] in offloaded
+    assert re.search(r"state \d+\.\d MiB, buffers 0\.[1-9] MiB a process", offloaded)
     ranks = [f"rank-{rank:05d}-of-{processes:05d}" for rank in range(processes)]
     assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ranks
     assert all(any((tmp_path / "state" / rank / "units").iterdir()) for rank in ranks)

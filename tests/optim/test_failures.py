@@ -141,6 +141,19 @@ def test_a_dropped_optimizer_goes_at_once(store: Path) -> None:
         gc.enable()
 
 
+def test_a_failed_optimizer_that_is_dropped_is_collected(store: Path) -> None:
+    optimizer = OffloadOptimizer(adam(parameters()), store, host_memory=HOST_MEMORY)
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = "no betas"
+    with pytest.raises(ValueError, match="unpack"):
+        optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()  # the error's traceback is a cycle
+    assert gone() is None
+    OffloadOptimizer(adam(parameters()), store).close()  # the folder is free again
+
+
 def test_a_forked_child_leaves_the_optimizer_alone(store: Path) -> None:
     script = """
         import os, sys, torch, offload_opt

@@ -49,6 +49,12 @@ def tuned(mixed: float, **settings: Any) -> Tuned:
     return Tuned(AioConfig(**settings), read=mixed, write=mixed, mixed=mixed, date="2030-01-02T03:04:05+00:00")
 
 
+def test_the_engine_is_told_once(disk_and_memory: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="offload_opt")
+    OffloadOptimizer(adam(parameters()), disk_and_memory).close()  # measures both
+    assert sum("I/O engine" in record.message for record in caplog.records if record.levelno == logging.INFO) == 1
+
+
 def unit_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("rank-*/units/unit-*"))
 
