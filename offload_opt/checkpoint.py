@@ -34,8 +34,9 @@ from .manifest import (
 from .pager import Key, ParameterPager, ParameterState, parameters_of, plan_parameters
 from .snapshots import Snapshot, delete_older
 from .state_file import WholeTensor, map_state
-from .store import SwapStore, check_file, check_files
+from .store import SwapStore
 from .swap_manager import SwapManager
+from .unit_file import check_file, check_files
 from .units import RING_DEPTH, ParameterPlan, SwapUnit
 from .weights import PersistedWeights, check_weights, read_weights
 

@@ -17,12 +17,8 @@ one rename. It may run beside the caller: until it has ended, nothing that the c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
-import itertools
 import os
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,9 +27,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from .config import format_bytes
 from .errors import ConfigError, StoreError
-from .folders import UNIT_FILES, free_bytes, lock, make_folder, sync_folder, unlock
+from .folders import lock, make_folder, sync_folder, unlock
 from .manifest import (
     MANIFEST,
     PART,
@@ -47,9 +42,10 @@ from .manifest import (
     write_manifest,
     write_part,
 )
+from .slots import Slots, UnitFile, UnitSlots
 from .snapshots import FilePair, link_or_copy
-from .unit_file import make_unit_file, unit_header
-from .units import StateTensor, SwapUnit, least_loaded
+from .unit_file import check_file, check_unit
+from .units import StateTensor, SwapUnit
 
 if TYPE_CHECKING:
     from .aio import AioHandle, IoFuture
@@ -67,31 +63,6 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-@dataclasses.dataclass(eq=False)
-class _UnitFile:
-    """A file of a unit. ``shared``: a snapshot linked it at some time, and may have it still."""
-
-    path: Path
-    checksum: str | None = None
-    shared: bool = False
-    synced: bool = False  # on the device as it is
-
-    def is_shared(self) -> bool:
-        self.shared = self.shared and self.path.stat().st_nlink > 1
-        return self.shared
-
-
-@dataclasses.dataclass(eq=False)
-class _Slots:
-    """A unit's files: the one with its newest bytes, the one that the last commit names, and those to be written to."""
-
-    folder: int
-    data_start: int
-    current: _UnitFile
-    committed: _UnitFile | None = None
-    spares: list[_UnitFile] = dataclasses.field(default_factory=list)
 
 
 class SwapStore:
@@ -122,19 +93,13 @@ class SwapStore:
     ) -> None:
         self._handle = handle
         self.folders = tuple(folders)
-        self._bandwidths = tuple(bandwidths) or (1.0,) * len(self.folders)
-        self._durable = durable
         self._checksum = checksum
-        self._assigned = [0] * len(self.folders)  # bytes of units
-        self._slots: dict[SwapUnit, _Slots] = {}
+        self._units = UnitSlots(self.folders, tuple(bandwidths) or (1.0,) * len(self.folders), durable)
         self._retired: list[Path] = []  # named by the last commit, and of units that are no longer wanted
-        # Of each unit's files: no name is used twice.
-        self._numbers: dict[int, itertools.count[int]] = defaultdict(itertools.count)
         self._commit: Future[None] | None = None
-        self._committing: dict[SwapUnit, _UnitFile] = {}
+        self._committing: dict[SwapUnit, UnitFile] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._owner = os.getpid()
-        self._names_changed = True  # in the folders of units, since they were brought to the device
         locks: list[int] = []
         self._release_locks = weakref.finalize(self, unlock, locks, os.getpid())
         try:
@@ -153,13 +118,12 @@ class SwapStore:
 
     def create(self, units: Sequence[SwapUnit]) -> None:
         """Make the files of new units, with their space allocated. Raises StoreError when the disks are full."""
-        if not self._slots:
+        if not self._units.slots:
             self._delete_others()
         made: list[SwapUnit] = []
         try:
             for unit in units:
-                self._slots[unit] = self._place(unit)
-                self._assigned[self._slots[unit].folder] += unit.nbytes
+                self._units.make(unit)
                 made.append(unit)
         except BaseException:
             self.forget(made)
@@ -169,10 +133,9 @@ class SwapStore:
         """Delete the files of units that are no longer wanted; those that the last commit names, with the next one."""
         self.abandon_commit()
         for unit in units:
-            slots = self._slots.pop(unit, None)
+            slots = self._units.drop(unit)
             if slots is None:
                 continue
-            self._assigned[slots.folder] -= unit.nbytes
             # A commit that failed may be in place all the same.
             named = {file for file in (slots.committed, self._committing.get(unit)) if file}
             for file in {slots.current, *slots.spares, *named}:
@@ -182,7 +145,7 @@ class SwapStore:
                     file.path.unlink(missing_ok=True)
 
     def retire_all(self) -> None:
-        """Once all units are forgotten: what the last commit names goes with the next one, and what else is there now.
+        """Once all units are forgotten: what the last commit names goes with the next one, all else now.
 
         Files of an earlier run are among them, of which no unit here has ever known.
         """
@@ -191,47 +154,41 @@ class SwapStore:
 
     def path_of(self, unit: SwapUnit) -> Path:
         """The file with the newest bytes of a unit."""
-        return self._slots[unit].current.path
+        return self._units.slots[unit].current.path
 
     def place(self, unit: SwapUnit) -> tuple[Path, int]:
         """The file with the newest bytes of a unit, and where in it they start."""
-        return self._slots[unit].current.path, self._slots[unit].data_start
+        return self._units.slots[unit].current.path, self._units.slots[unit].data_start
 
     def read(self, unit: SwapUnit, data: torch.Tensor, after: Sequence[IoFuture] = ()) -> IoFuture:
         """Start to read a unit into the first bytes of ``data``, when the transfers in ``after`` have ended."""
-        slots = self._slots[unit]
+        slots = self._units.slots[unit]
         return self._handle.async_pread(data[: unit.nbytes], slots.current.path, slots.data_start, after=after)
 
     def check_read(self, unit: SwapUnit, data: torch.Tensor) -> None:
         """With ``checksum="read"``: raise OSError unless what was read into ``data`` is what was written."""
         if self._checksum == "read":
-            file = self._slots[unit].current
+            file = self._units.slots[unit].current
             check_unit(unit, data, file.checksum, file.path)
 
     def check_stored(self, units: Iterable[SwapUnit]) -> None:
         """With ``checksum="read"``: raise OSError unless the files have the bytes that were written to them."""
         if self._checksum == "read":
             for unit in dict.fromkeys(units):
-                slots = self._slots[unit]
+                slots = self._units.slots[unit]
                 check_file(self._handle, unit, slots.current.path, slots.data_start, slots.current.checksum)
 
     def write(self, unit: SwapUnit, data: torch.Tensor) -> IoFuture:
         """Start to write a unit from the first bytes of ``data``."""
         self.finish_commit()
-        slots = self._slots[unit]
-        left = slots.current
-        if left is slots.committed or left.is_shared():
-            slots.current = slots.spares.pop(0)
-            if left is not slots.committed:
-                self._release(slots, left)
-        file = slots.current
+        file = self._units.turn(unit)
         file.synced = False
         file.checksum = checksum_of(data[: unit.nbytes]) if self._checksum != "off" else None
-        return self._handle.async_pwrite(data[: unit.nbytes], file.path, slots.data_start)
+        return self._handle.async_pwrite(data[: unit.nbytes], *self.place(unit))
 
     def read_into(self, unit: SwapUnit, tensor: StateTensor, data: torch.Tensor) -> None:
         """Read one state tensor of a unit, in the order of its memory, into the contiguous ``data``."""
-        slots = self._slots[unit]
+        slots = self._units.slots[unit]
         self._handle.sync_pread(data, slots.current.path, slots.data_start + tensor.offset)
 
     # Commits.
@@ -248,13 +205,13 @@ class SwapStore:
                 device=str(unit.device),
                 pieces=piece_records(unit.pieces, numbers),
             )
-            for unit, slots in ((unit, self._slots[unit]) for unit in units)
+            for unit, slots in ((unit, self._units.slots[unit]) for unit in units)
         ]
 
     def start_commit(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         """Commit the newest bytes of every unit, beside the caller, once ``writes`` have ended."""
         self.finish_commit()
-        self._committing = {unit: slots.current for unit, slots in self._slots.items()}
+        self._committing = {unit: slots.current for unit, slots in self._units.slots.items()}
         if self._executor is None:
             self._executor = ThreadPoolExecutor(_SYNC_THREADS + 1, thread_name_prefix="offload_opt-commit")
         self._commit = self._executor.submit(self._bring_to_device, manifest, list(writes))
@@ -269,15 +226,12 @@ class SwapStore:
             if self._commit.done():  # else the wait was interrupted, and the commit goes on
                 self._commit = None
         for unit, file in self._committing.items():
-            slots = self._slots[unit]
-            left, slots.committed = slots.committed, file
-            if left is not None and left is not file:
-                self._release(slots, left)
+            self._units.commit(unit, file)
         self._committing = {}
         for path in self._retired:
             path.unlink(missing_ok=True)
         self._retired.clear()
-        self._provide_spares(list(self._slots))
+        self._units.provide_spares()
 
     def abandon_commit(self) -> None:
         """Wait for a commit that is under way, whatever comes of it."""
@@ -288,16 +242,14 @@ class SwapStore:
         """On a thread of its own. Nothing that it looks at is changed before finish_commit()."""
         for write in writes:
             write.wait()
-        names_changed, self._names_changed = self._names_changed, False
-        dirty = [file for file in self._committing.values() if not file.synced]
+        names_changed, self._units.names_changed = self._units.names_changed, False
+        files = [file for file in self._committing.values() if not file.synced]
         assert self._executor is not None
         try:
-            list(self._executor.map(_sync_data, [file.path for file in dirty]))
+            list(self._executor.map(UnitFile.bring_to_device, files))
         except RuntimeError:  # the interpreter is about to end, and takes no more work for threads
-            for file in dirty:
-                _sync_data(file.path)
-        for file in dirty:
-            file.synced = True
+            for file in files:
+                file.bring_to_device()
         for index, folder in enumerate(self.folders):
             if names_changed:
                 sync_folder(folder / "units")
@@ -337,20 +289,17 @@ class SwapStore:
             OSError: Linking or copying failed.
         """
         try:
-            self._provide_spares(list(self._slots), for_snapshot=True)
+            self._units.provide_spares(for_snapshot=True)
         except BaseException:
-            self._provide_spares(list(self._slots))  # without those that were made
+            self._units.provide_spares()  # without those that were made
             raise
-        for slots in self._slots.values():
-            if not slots.current.synced:
-                _sync_data(slots.current.path)
-                slots.current.synced = True
         pairs = []
-        for unit, slots in self._slots.items():
+        for unit, slots in self._units.slots.items():
+            slots.current.bring_to_device()
             target = folder / "units" / slots.current.path.name
             pairs.append(FilePair(slots.current.path, target, slots.data_start + unit.nbytes))
         linked = link_or_copy(pairs, "snapshot")
-        for slots in self._slots.values():
+        for slots in self._units.slots.values():
             slots.current.shared = slots.current.shared or slots.current.path in linked
 
         def here(layout: Layout | None) -> Layout | None:
@@ -366,28 +315,18 @@ class SwapStore:
         """Take up the units of this store's last commit, which are the only ones then; later writes are discarded."""
         for unit, record in units.items():
             path = self.folders[record.folder] / "units" / record.file
-            file = _UnitFile(path, record.checksum, shared=True, synced=True)
-            self._slots[unit] = _Slots(record.folder, record.data_start, file, committed=file)
-            self._assigned[record.folder] += unit.nbytes
-        own = {slots.current.path for slots in self._slots.values()}
-        self._retired = sorted(self._named_by_commit() - own)
+            file = UnitFile(path, record.checksum, shared=True, synced=True)
+            self._units.add(unit, Slots(record.folder, record.data_start, file, committed=file))
+        self._retired = sorted(self._named_by_commit() - self._units.paths())
         self._delete_others()
-        self._provide_spares(list(units))
+        self._units.provide_spares()
 
     def bring(self, units: Mapping[SwapUnit, UnitRecord], source: Path) -> None:
         """Take up units from the snapshot folder ``source``: by links, or by copies from another file system."""
-        pairs, files = [], []
         try:
-            for unit, record in units.items():
-                path = source / "units" / record.file
-                index = self._folder_for(unit, record.data_start + unit.nbytes, near=path)
-                file = _UnitFile(self._new_path(index, unit), record.checksum, shared=True)
-                self._slots[unit] = _Slots(index, record.data_start, file)
-                self._assigned[index] += unit.nbytes
-                files.append(file)
-                pairs.append(FilePair(path, file.path, record.data_start + unit.nbytes))
-            link_or_copy(pairs, "restore")
-            self._provide_spares(list(units), for_snapshot=True)
+            files = ((unit, record, source / "units" / record.file) for unit, record in units.items())
+            link_or_copy([self._units.bring(unit, record, file) for unit, record, file in files], "restore")
+            self._units.provide_spares(for_snapshot=True)
         except BaseException:
             self.forget(list(units))
             raise
@@ -396,7 +335,9 @@ class SwapStore:
         """Unit files that were written after the last commit: what a crash left of the steps after it."""
         committed_at = (self.folders[0] / MANIFEST).stat().st_mtime_ns
         named = self._named_by_commit()
-        return [file for file in self._files() if file not in named and file.stat().st_mtime_ns > committed_at]
+        return [
+            file for file in self._units.paths_there() if file not in named and file.stat().st_mtime_ns > committed_at
+        ]
 
     def discard(self) -> None:
         """Give up the last commit. The files that it names are deleted when new ones are made."""
@@ -415,95 +356,6 @@ class SwapStore:
 
     # Helpers.
 
-    def _place(self, unit: SwapUnit) -> _Slots:
-        """Make the files of a unit, in the folder whose turn it is."""
-        header = unit_header(unit)
-        count = 2 if self._durable else 1
-        nbytes = count * (len(header) + unit.nbytes)
-        free = [free_bytes(folder) for folder in self.folders]
-        full: OSError | None = None
-        for _ in self.folders:  # each attempt that fails rules a folder out
-            index = least_loaded(nbytes, self._assigned, self._bandwidths, free)
-            if index is None:
-                break
-            files: list[_UnitFile] = []
-            try:
-                while len(files) < count:
-                    files.append(self._new_file(index, unit, header))
-                return _Slots(index, len(header), files[0], spares=files[1:])
-            except OSError as error:
-                for file in files:
-                    file.path.unlink()
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                full, free[index] = error, 0  # a quota, or somebody was quicker
-        raise self._no_space(unit, nbytes) from full
-
-    def _new_path(self, folder: int, unit: SwapUnit) -> Path:
-        self._names_changed = True
-        units = self.folders[folder] / "units"
-        names = (units / f"unit-{unit.index:05d}.{number}.safetensors" for number in self._numbers[unit.index])
-        return next(path for path in names if not path.exists())
-
-    def _new_file(self, folder: int, unit: SwapUnit, header: bytes) -> _UnitFile:
-        path = self._new_path(folder, unit)
-        try:
-            make_unit_file(path, header, len(header) + unit.nbytes)
-        except OSError as error:
-            error.filename = str(path)
-            raise
-        return _UnitFile(path)
-
-    def _provide_spares(self, units: Sequence[SwapUnit], *, for_snapshot: bool = False) -> None:
-        """Make the files that the next writes of ``units`` will need. Raises StoreError when a disk is full.
-
-        A unit needs one to turn to when its current file is committed or shared, and another where the one that it
-        leaves cannot be its spare then because a snapshot has it. ``for_snapshot``: the current files are about to be.
-        """
-        for unit in units:
-            slots = self._slots[unit]
-            stays = slots.current is slots.committed or slots.current.is_shared()
-            needed = int(self._durable or for_snapshot or stays)
-            if self._durable and (for_snapshot or (slots.committed and slots.committed.is_shared())):
-                needed += 1
-            while len(slots.spares) > needed:
-                slots.spares.pop().path.unlink()
-            header = unit_header(unit) if len(slots.spares) < needed else b""
-            while len(slots.spares) < needed:
-                try:
-                    slots.spares.append(self._new_file(slots.folder, unit, header))
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
-                    raise self._no_space(unit, len(header) + unit.nbytes) from error
-
-    def _release(self, slots: _Slots, file: _UnitFile) -> None:
-        """What becomes of a file that a unit has left: its spare, unless a snapshot has it."""
-        if file.is_shared():
-            file.path.unlink()
-        else:
-            slots.spares.append(file)
-
-    def _folder_for(self, unit: SwapUnit, nbytes: int, near: Path) -> int:
-        """The folder for a file that lies at ``near``: on the same device where there is one, else by bandwidth."""
-        device = near.stat().st_dev
-        there = [index for index, folder in enumerate(self.folders) if folder.stat().st_dev == device]
-        if there:
-            return min(there, key=lambda index: self._assigned[index])
-        index = least_loaded(nbytes, self._assigned, self._bandwidths, [free_bytes(folder) for folder in self.folders])
-        if index is None:
-            raise self._no_space(unit, nbytes)
-        return index
-
-    def _no_space(self, unit: SwapUnit, nbytes: int) -> StoreError:
-        rest = ", ".join(f"{format_bytes(free_bytes(folder))} are free in {folder}" for folder in self.folders)
-        return StoreError(
-            f"no space for the optimizer state: unit {unit.index} needs {format_bytes(nbytes)}, and {rest}"
-        )
-
-    def _files(self) -> list[Path]:
-        return [file for folder in self.folders for file in (folder / "units").glob(UNIT_FILES)]
-
     def _named_by_commit(self) -> set[Path]:
         if self.committed is None:
             return set()
@@ -517,8 +369,7 @@ class SwapStore:
 
     def _delete_others(self) -> None:
         """Delete unit files of earlier runs, which neither this one nor the last commit has a use for."""
-        own = {file.path for slots in self._slots.values() for file in (slots.current, *slots.spares)}
-        for file in set(self._files()) - own - set(self._retired) - self._named_by_commit():
+        for file in set(self._units.paths_there()) - self._units.paths() - set(self._retired) - self._named_by_commit():
             file.unlink()
 
     def _check_order(self) -> None:
@@ -544,44 +395,3 @@ class SwapStore:
                 "its paths, in the order of its run"
             )
         return manifest
-
-
-def check_files(units: Sequence[UnitRecord], folders: Sequence[Path]) -> None:
-    """Raise StoreError unless each unit's file is there, a plain file of the right size."""
-    for unit in units:
-        if not 0 <= unit.folder < len(folders):
-            raise StoreError(f"the manifest places {unit.file} in folder {unit.folder + 1} of {len(folders)}")
-        path = folders[unit.folder] / "units" / unit.file
-        expected = unit.data_start + unit.nbytes
-        if path.is_symlink() or not path.is_file():
-            raise StoreError(f"{path}, which the manifest names, is missing or not a plain file")
-        if path.stat().st_size != expected:
-            raise StoreError(f"{path} has {path.stat().st_size} bytes, and should have {expected}: it was changed")
-
-
-def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, expected: str | None) -> None:
-    """Read a unit from its file and raise OSError where its bytes are not those that were written."""
-    data = torch.empty(unit.nbytes, dtype=torch.uint8)
-    handle.sync_pread(data, path, data_start)
-    check_unit(unit, data, expected, path)
-
-
-def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:
-    """Raise OSError where a unit's bytes, read from ``path``, do not have the checksum that they were written with."""
-    if expected is None or checksum_of(data[: unit.nbytes]) == expected:
-        return
-    names = ", ".join(piece.tensor_label(tensor) for piece in unit.pieces for tensor in piece.tensors)
-    raise OSError(
-        errno.EIO, f"the bytes are not those that were written (checksum); damaged are among {names}", str(path)
-    )
-
-
-def _sync_data(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.fdatasync(fd)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        os.close(fd)

@@ -10,18 +10,54 @@ import errno
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
-from .manifest import DTYPES
+import torch
+
+from .errors import ConfigError, StoreError
+from .manifest import DTYPES, UnitRecord, checksum_of
 from .units import PAGE, StateTensor, SwapUnit, is_row_major
+
+if TYPE_CHECKING:
+    from .aio import AioHandle
 
 
 def check_storable(tensor: StateTensor) -> None:
     """Raise ConfigError for a dtype that a unit file cannot hold."""
     if tensor.dtype not in DTYPES:
         raise ConfigError(f"state {tensor.name!r} has dtype {tensor.dtype}, which cannot be stored")
+
+
+def check_files(units: Sequence[UnitRecord], folders: Sequence[Path]) -> None:
+    """Raise StoreError unless each unit's file is there, a plain file of the right size."""
+    for unit in units:
+        if not 0 <= unit.folder < len(folders):
+            raise StoreError(f"the manifest places {unit.file} in folder {unit.folder + 1} of {len(folders)}")
+        path = folders[unit.folder] / "units" / unit.file
+        expected = unit.data_start + unit.nbytes
+        if path.is_symlink() or not path.is_file():
+            raise StoreError(f"{path}, which the manifest names, is missing or not a plain file")
+        if path.stat().st_size != expected:
+            raise StoreError(f"{path} has {path.stat().st_size} bytes, and should have {expected}: it was changed")
+
+
+def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, expected: str | None) -> None:
+    """Read a unit from its file and raise OSError where its bytes are not those that were written."""
+    data = torch.empty(unit.nbytes, dtype=torch.uint8)
+    handle.sync_pread(data, path, data_start)
+    check_unit(unit, data, expected, path)
+
+
+def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:
+    """Raise OSError where a unit's bytes, read from ``path``, do not have the checksum that they were written with."""
+    if expected is None or checksum_of(data[: unit.nbytes]) == expected:
+        return
+    names = ", ".join(piece.tensor_label(tensor) for piece in unit.pieces for tensor in piece.tensors)
+    raise OSError(
+        errno.EIO, f"the bytes are not those that were written (checksum); damaged are among {names}", str(path)
+    )
 
 
 def make_unit_file(path: Path, header: bytes, nbytes: int) -> None:

@@ -21,8 +21,7 @@ from .aio import AioHandle, IoFuture
 from .errors import StoreError
 from .inspection import RankPlace, file_bytes, read_commit, units_of
 from .manifest import Manifest, UnitRecord, decode_mapping, decode_value, digest
-from .store import check_files
-from .unit_file import unit_header
+from .unit_file import check_files, unit_header
 from .units import SwapUnit
 
 _CHUNK = 8 << 20

@@ -13,8 +13,9 @@ from .aio import AioHandle
 from .errors import ConfigError
 from .manifest import DTYPES, Layout, ParameterRecord, tensor_records
 from .pager import Key, flat, name_of, parameters_of
-from .store import SwapStore, check_unit
+from .store import SwapStore
 from .swap_manager import SwapManager
+from .unit_file import check_unit
 from .units import Chunking, Paging, ParameterPlan, StateTemplate, StateTensor, SwapUnit, is_dense, plan_units
 
 # Weights are copied, not computed with: any cut will do.

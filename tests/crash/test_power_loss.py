@@ -72,7 +72,9 @@ def record(zygote: Zygote, job: Job, deaths: list[tuple[str, int]], digests: lis
 def quick(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: what the disk would hold is thought out, and syncs take time on a real one."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() and os.access(memory, os.W_OK) else tmp_path) as name:
+    with tempfile.TemporaryDirectory(
+        dir=memory if memory.is_dir() and os.access(memory, os.W_OK) else tmp_path
+    ) as name:
         yield Path(name)
 
 
@@ -80,7 +82,10 @@ def quick(tmp_path: Path) -> Iterator[Path]:
     ("job", "deaths"),
     [
         (Job(root="", durability="step", folders=2), []),
-        (Job(root="", durability="snapshot", commit_every=1, snapshot_every=2, keep=2), [("replace", 4), ("rename", 2)]),
+        (
+            Job(root="", durability="snapshot", commit_every=1, snapshot_every=2, keep=2),
+            [("replace", 4), ("rename", 2)],
+        ),
         (Job(root="", durability="step", keep=1, snapshot_every=2), [("replace", 1), ("replace", 3), ("unlink", 20)]),
     ],
     ids=["two drives", "snapshots that replace older ones", "processes that die"],

@@ -15,7 +15,7 @@ LAYERS = [
     ["errors", "config", "trace", "drives"],
     ["units", "codecs", "schedule", "planner", "inner"],
     ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
-    ["store", "bandwidth", "tuning"],
+    ["slots", "store", "bandwidth", "tuning"],
     ["swap_manager"],
     ["pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],

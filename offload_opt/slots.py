@@ -1,0 +1,216 @@
+"""The slots of units: which file has a unit's newest bytes, which one a commit names, and which is written to next."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import format_bytes
+from .errors import StoreError
+from .folders import UNIT_FILES, free_bytes
+from .manifest import UnitRecord
+from .snapshots import FilePair
+from .unit_file import make_unit_file, unit_header
+from .units import SwapUnit, least_loaded
+
+
+@dataclasses.dataclass(eq=False)
+class UnitFile:
+    """A file of a unit. ``shared``: a snapshot linked it at some time, and may have it still."""
+
+    path: Path
+    checksum: str | None = None
+    shared: bool = False
+    synced: bool = False  # on the device as it is
+
+    def is_shared(self) -> bool:
+        """Whether a snapshot has the file, too."""
+        self.shared = self.shared and self.path.stat().st_nlink > 1
+        return self.shared
+
+    def bring_to_device(self) -> None:
+        """Unless it is there as it is."""
+        if self.synced:
+            return
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        finally:
+            os.close(fd)
+        self.synced = True
+
+
+@dataclasses.dataclass(eq=False)
+class Slots:
+    """A unit's files: the one with its newest bytes, the one that the last commit names, and those to be written to."""
+
+    folder: int
+    data_start: int
+    current: UnitFile
+    committed: UnitFile | None = None
+    spares: list[UnitFile] = dataclasses.field(default_factory=list)
+
+
+class UnitSlots:
+    """The slots of all units, and the files in ``folders`` that fill them.
+
+    Args:
+        folders: One on each drive; each has a folder ``units``.
+        bandwidths: Of each folder: files are spread in proportion to them.
+        durable: Whether there will be commits, for which each unit needs a second file.
+    """
+
+    def __init__(self, folders: Sequence[Path], bandwidths: Sequence[float], durable: bool) -> None:
+        self._folders = folders
+        self._bandwidths = bandwidths
+        self._durable = durable
+        self._assigned = [0] * len(folders)  # bytes of units
+        # Of each unit's files: no name is used twice.
+        self._numbers: dict[int, itertools.count[int]] = defaultdict(itertools.count)
+        self.slots: dict[SwapUnit, Slots] = {}
+        self.names_changed = True  # in the folders of units, since they were brought to the device
+
+    def make(self, unit: SwapUnit) -> None:
+        """Make the files of a new unit, in the folder whose turn it is. Raises StoreError when the disks are full."""
+        self.add(unit, self._place(unit))
+
+    def add(self, unit: SwapUnit, slots: Slots) -> None:
+        """Take on a unit that has its files."""
+        self.slots[unit] = slots
+        self._assigned[slots.folder] += unit.nbytes
+
+    def bring(self, unit: SwapUnit, record: UnitRecord, source: Path) -> FilePair:
+        """Take on a unit whose file is to come from ``source``. Returns what is to be linked or copied."""
+        nbytes = record.data_start + unit.nbytes
+        folder = self._folder_for(unit, nbytes, near=source)
+        file = UnitFile(self._new_path(folder, unit), record.checksum, shared=True)
+        self.add(unit, Slots(folder, record.data_start, file))
+        return FilePair(source, file.path, nbytes)
+
+    def drop(self, unit: SwapUnit) -> Slots | None:
+        """Give up a unit. The caller deletes its files."""
+        slots = self.slots.pop(unit, None)
+        if slots is not None:
+            self._assigned[slots.folder] -= unit.nbytes
+        return slots
+
+    def turn(self, unit: SwapUnit) -> UnitFile:
+        """The file that the unit's next bytes go to, which is its current one from now on.
+
+        It is the one before, unless a commit names that, or a snapshot has it.
+        """
+        slots = self.slots[unit]
+        left = slots.current
+        if left is slots.committed or left.is_shared():
+            slots.current = slots.spares.pop(0)
+            if left is not slots.committed:
+                self._release(slots, left)
+        return slots.current
+
+    def commit(self, unit: SwapUnit, file: UnitFile) -> None:
+        """Note that the last commit names ``file``, and no longer the one before."""
+        slots = self.slots[unit]
+        left, slots.committed = slots.committed, file
+        if left is not None and left is not file:
+            self._release(slots, left)
+
+    def provide_spares(self, *, for_snapshot: bool = False) -> None:
+        """Make the files that the next writes will need. Raises StoreError when a disk is full.
+
+        A unit needs one to turn to when its current file is committed or shared, and another where the one that it
+        leaves cannot be its spare then because a snapshot has it. ``for_snapshot``: the current files are about to be.
+        """
+        for unit, slots in self.slots.items():
+            stays = slots.current is slots.committed or slots.current.is_shared()
+            needed = int(self._durable or for_snapshot or stays)
+            if self._durable and (for_snapshot or (slots.committed and slots.committed.is_shared())):
+                needed += 1
+            while len(slots.spares) > needed:
+                slots.spares.pop().path.unlink()
+            header = unit_header(unit) if len(slots.spares) < needed else b""
+            while len(slots.spares) < needed:
+                try:
+                    slots.spares.append(self._new_file(slots.folder, unit, header))
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    raise self._no_space(unit, len(header) + unit.nbytes) from error
+
+    def paths(self) -> set[Path]:
+        """The files of all units."""
+        return {file.path for slots in self.slots.values() for file in (slots.current, *slots.spares)}
+
+    def paths_there(self) -> list[Path]:
+        """Every unit file in the folders, whoever made it."""
+        return [file for folder in self._folders for file in (folder / "units").glob(UNIT_FILES)]
+
+    def _place(self, unit: SwapUnit) -> Slots:
+        """Make the files of a unit, in the folder whose turn it is."""
+        header = unit_header(unit)
+        count = 2 if self._durable else 1
+        nbytes = count * (len(header) + unit.nbytes)
+        free = [free_bytes(folder) for folder in self._folders]
+        full: OSError | None = None
+        for _ in self._folders:  # each attempt that fails rules a folder out
+            index = least_loaded(nbytes, self._assigned, self._bandwidths, free)
+            if index is None:
+                break
+            files: list[UnitFile] = []
+            try:
+                while len(files) < count:
+                    files.append(self._new_file(index, unit, header))
+                return Slots(index, len(header), files[0], spares=files[1:])
+            except OSError as error:
+                for file in files:
+                    file.path.unlink()
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                full, free[index] = error, 0  # a quota, or somebody was quicker
+        raise self._no_space(unit, nbytes) from full
+
+    def _new_path(self, folder: int, unit: SwapUnit) -> Path:
+        self.names_changed = True
+        units = self._folders[folder] / "units"
+        names = (units / f"unit-{unit.index:05d}.{number}.safetensors" for number in self._numbers[unit.index])
+        return next(path for path in names if not path.exists())
+
+    def _new_file(self, folder: int, unit: SwapUnit, header: bytes) -> UnitFile:
+        path = self._new_path(folder, unit)
+        try:
+            make_unit_file(path, header, len(header) + unit.nbytes)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        return UnitFile(path)
+
+    def _release(self, slots: Slots, file: UnitFile) -> None:
+        """What becomes of a file that a unit has left: its spare, unless a snapshot has it."""
+        if file.is_shared():
+            file.path.unlink()
+        else:
+            slots.spares.append(file)
+
+    def _folder_for(self, unit: SwapUnit, nbytes: int, near: Path) -> int:
+        """The folder for a file that lies at ``near``: on the same device where there is one, else by bandwidth."""
+        device = near.stat().st_dev
+        there = [index for index, folder in enumerate(self._folders) if folder.stat().st_dev == device]
+        if there:
+            return min(there, key=lambda index: self._assigned[index])
+        index = least_loaded(nbytes, self._assigned, self._bandwidths, [free_bytes(folder) for folder in self._folders])
+        if index is None:
+            raise self._no_space(unit, nbytes)
+        return index
+
+    def _no_space(self, unit: SwapUnit, nbytes: int) -> StoreError:
+        rest = ", ".join(f"{format_bytes(free_bytes(folder))} are free in {folder}" for folder in self._folders)
+        return StoreError(
+            f"no space for the optimizer state: unit {unit.index} needs {format_bytes(nbytes)}, and {rest}"
+        )
