@@ -284,6 +284,10 @@ class SwapStore:
         """The last commit, read again. Raises StoreError where its manifest, or a file that it names, is damaged."""
         self.abandon_commit()
         self.committed = self._read_committed()
+        if self.committed is not None:
+            # Whoever put it in place may have died, or failed, before it was on the device. Until it is, the files of
+            # the commit before it must not be touched.
+            sync_folder(self.folders[0])
         return self.committed
 
     def ways_on(self) -> str:
