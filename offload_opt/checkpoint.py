@@ -111,13 +111,16 @@ class Checkpointer:
         if directory is None:
             self.commit(groups, extra, wait=True)
             return
-        with Snapshot(directory, self._rank, self._world_size) as folder:
-            self._snapshots = [path for path in self._snapshots if Path(path).exists()] + [str(directory)]
-            if self._is_durable:
-                manifest = self.commit(groups, extra, wait=True)
-            else:
-                manifest = self._manifest(groups, extra)
-                self._manager.synchronize()
+        snapshot = Snapshot(directory, self._rank, self._world_size)
+        snapshot.check()
+        # Named by the commit before anything is made there, so that restore() finds what a kill leaves of it.
+        self._snapshots = [path for path in self._snapshots if Path(path).exists()] + [str(directory)]
+        if self._is_durable:
+            manifest = self.commit(groups, extra, wait=True)
+        else:
+            manifest = self._manifest(groups, extra)
+            self._manager.synchronize()
+        with snapshot as folder:
             self._store.snapshot(folder, manifest)
         if keep is not None:
             for deleted in delete_older(directory, manifest, keep):
@@ -150,6 +153,9 @@ class Checkpointer:
         self._run, self.epoch = found.manifest.run, found.manifest.epoch
         self._snapshots = list(found.manifest.snapshots)
         self._undecided = False
+        if directory is None:
+            for path in self._snapshots:
+                Snapshot(Path(path), self._rank, self._world_size).remove_remains()
         if self._is_durable and directory is not None:
             self.commit(groups, found.extra, wait=True)
         return found.extra

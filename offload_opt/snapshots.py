@@ -93,12 +93,22 @@ class Snapshot:
         self.place = rank_folder(directory, rank, world_size)
         self.folder = directory / f".{self.place.name}.partial"
 
-    def __enter__(self) -> Path:
-        """The folder to fill. Raises StoreError where there is such a snapshot already."""
+    def check(self) -> None:
+        """Raise StoreError where there is such a snapshot already."""
         if self.place.exists():
             raise StoreError(
                 f"there is a snapshot in {self.place.parent} already, and snapshots never change: name another folder"
             )
+
+    def remove_remains(self) -> None:
+        """Delete what a process that was killed has left of this snapshot."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+            _remove_if_empty(self.place.parent)
+
+    def __enter__(self) -> Path:
+        """The folder to fill. Raises StoreError where there is such a snapshot already."""
+        self.check()
         make_folder(self.place.parent)
         if self.folder.exists():  # left by a process that was killed
             shutil.rmtree(self.folder)
@@ -123,6 +133,7 @@ def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:
     found = []
     for other in directory.parent.iterdir():
         folder = rank_folder(other, manifest.rank, manifest.world_size)
+        _finish_deleting(folder)
         try:
             known = read_manifest(folder / MANIFEST)
         except (OSError, StoreError):
@@ -130,14 +141,35 @@ def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:
         if known.run == manifest.run:
             found.append(((known.epoch, known.created), other))
     deleted = []
-    for _, old in sorted(found)[:-keep]:
+    found.sort()
+    if found[:-keep]:
+        for _, kept in found[-keep:]:  # a process that died may have put one there and not brought it to the device
+            sync_folder(kept)
+    for _, old in found[:-keep]:
         folder = rank_folder(old, manifest.rank, manifest.world_size)
-        (folder / MANIFEST).unlink()  # first: without it, it is no snapshot any more, wherever this is cut off
-        shutil.rmtree(folder)
-        try:
-            old.rmdir()  # when the last rank has left
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
+        folder.rename(_being_deleted(folder))  # first: it is no snapshot any more, wherever this is cut off
+        sync_folder(old)
+        _finish_deleting(folder)
         deleted.append(old)
     return deleted
+
+
+def _being_deleted(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleted")
+
+
+def _finish_deleting(folder: Path) -> None:
+    """Delete what was a snapshot in ``folder``, also one whose deletion was cut off."""
+    remains = _being_deleted(folder)
+    if not remains.exists():
+        return
+    shutil.rmtree(remains)
+    _remove_if_empty(folder.parent)  # when the last rank has left
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
