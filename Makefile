@@ -6,8 +6,10 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # The folder, on the drive to use, of the demo's and the benchmarks' files.
 DIR    ?= build
-# Seeded fault plans of `make torture`.
+# Seeded fault plans of `make torture`; its kills, and its power losses in each recorded run.
 PLANS  ?= 10000
+KILLS  ?= 200
+CUTS   ?= 100
 
 BIN    := $(VENV)/bin
 SOURCE := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
@@ -40,7 +42,8 @@ sanitize: build/address/test_core build/thread/test_core  ## the C++ core under 
 	build/address/test_core build
 	build/thread/test_core build
 
-torture: build/address/test_core build/thread/test_core  ## 10,000 fault plans under each, side by side (ten minutes)
+torture: build/address/test_core build/thread/test_core  ## 200 kills, 300 power losses, 10,000 fault plans (a quarter of an hour)
+	OFFLOAD_OPT_KILLS=$(KILLS) OFFLOAD_OPT_CUTS=$(CUTS) $(BIN)/python -m pytest tests/crash
 	$(MAKE) --no-print-directory -j2 torture-address torture-thread
 
 .PHONY: torture-address torture-thread
