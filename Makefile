@@ -6,8 +6,10 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # The folder, on the drive to use, of the demo's and the benchmarks' files.
 DIR    ?= build
-# Seeded fault plans of `make torture`, and runs of random calls.
+# Of `make torture`: seeded fault plans, kills, power losses in each recorded run, and runs of random calls.
 PLANS  ?= 10000
+KILLS  ?= 200
+CUTS   ?= 100
 RUNS   ?= 1000
 
 BIN    := $(VENV)/bin
@@ -45,7 +47,8 @@ sanitize: build/address/test_core build/thread/test_core  ## the C++ core under 
 	build/address/test_core build
 	build/thread/test_core build
 
-torture: build/address/test_core build/thread/test_core  ## 10,000 fault plans under each, and 1,000 runs of random calls (20 minutes)
+torture: build/address/test_core build/thread/test_core  ## 200 kills, 300 power losses, 10,000 fault plans (20 minutes)
+	OFFLOAD_OPT_KILLS=$(KILLS) OFFLOAD_OPT_CUTS=$(CUTS) $(BIN)/python -m pytest tests/crash
 	$(MAKE) --no-print-directory -j2 torture-address torture-thread
 	OFFLOAD_OPT_EXAMPLES=$(RUNS) $(BIN)/python -m pytest tests/optim/test_state_machine.py
 

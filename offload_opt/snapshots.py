@@ -104,7 +104,8 @@ class Snapshot:
             )
 
     def remove_remains(self) -> None:
-        """Delete what a process that was killed has left of this snapshot."""
+        """Delete what a process that was killed has left of this snapshot, as it made it or as it deleted it."""
+        _finish_deleting(self.place)
         if self.folder.exists():
             shutil.rmtree(self.folder)
             _remove_if_empty(self.place.parent)

@@ -17,7 +17,9 @@ import torch
 from offload_opt import _C
 
 # Their assertions explain themselves, and hold under `python -O` too.
-pytest.register_assert_rewrite("tests.aio.support", "tests.optim.support", "tests.scripts")
+pytest.register_assert_rewrite(
+    "tests.aio.support", "tests.crash.power_loss", "tests.crash.zygote", "tests.optim.support", "tests.scripts"
+)
 
 if TYPE_CHECKING:
     from tests.optim.support import Pair

@@ -17,7 +17,7 @@ from tests.conftest import seed
 from tests.crash import calls
 from tests.crash.calls import Event
 from tests.crash.power_loss import Disk
-from tests.crash.training import Job
+from tests.crash.training import Job, unaccounted
 from tests.crash.zygote import Line, Zygote
 
 CUTS = int(os.environ.get("OFFLOAD_OPT_CUTS", "30"))
@@ -32,24 +32,13 @@ class Told:
 
     durable: int = 0
     snapshots: list[str] = dataclasses.field(default_factory=list)
-    snapshotting: bool = False
 
     def add(self, line: Line) -> None:
         word, *values = line
         if word == "durable":
             self.durable = values[0]
-        elif word == "started":
-            self.snapshotting = False
-        elif word == "snapshots":
-            self.snapshotting = True
         elif word == "snapshot":
             self.snapshots.append(values[0])
-            self.snapshotting = False
-
-    def kept(self, keep: int | None) -> set[str]:
-        """Snapshots that must be there; one that is being made may have taken the place of the oldest already."""
-        count = len(self.snapshots) if keep is None else keep - self.snapshotting
-        return set(self.snapshots[-count:] if count else [])
 
 
 def record(zygote: Zygote, job: Job, deaths: list[tuple[str, int]], digests: list[str], file: Path) -> list[Event]:
@@ -70,7 +59,7 @@ def record(zygote: Zygote, job: Job, deaths: list[tuple[str, int]], digests: lis
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: what the disk would hold is thought out, and syncs take time on a real one."""
+    """A folder in memory where there is one: what the disk would hold is thought out, and real syncs take time."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(
         dir=memory if memory.is_dir() and os.access(memory, os.W_OK) else tmp_path
@@ -110,13 +99,15 @@ def test_what_was_durable_is_there_after_power_loss(
         root.mkdir()
         disk.lose_power(cut, dice)
         about = f"after {cut} of {len(events)} events, the last {events[cut - 1][:3]}, with {told}"
-        check_snapshots(zygote.run("look", job), told.kept(job.keep), digests, about)
+        whole = check_snapshots(zygote.run("look", job), digests, about)
+        assert unaccounted(told.snapshots, whole, job.keep) == [], (whole, about)
         on = dataclasses.replace(job, life=99, steps=told.durable + 2)
         check_store(zygote.run("train", on), told.durable, digests, about)
         shutil.rmtree(root)
 
 
-def check_snapshots(looked: list[Line], kept: set[str], digests: list[str], about: str) -> None:
+def check_snapshots(looked: list[Line], digests: list[str], about: str) -> set[str]:
+    """Everything that looks like a snapshot is one. Returns their names."""
     whole = set()
     for word, name, *values in looked:
         if word == "no snapshot":
@@ -126,7 +117,7 @@ def check_snapshots(looked: list[Line], kept: set[str], digests: list[str], abou
         assert digest == digests[epoch], about
         assert extra == {"step": epoch}, about
         whole.add(name)
-    assert kept <= whole, about
+    return whole
 
 
 def check_store(reports: list[Line], durable: int, digests: list[str], about: str) -> None:

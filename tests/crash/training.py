@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -140,6 +141,16 @@ def count_files(job: Job) -> tuple[int, list[str]]:
     return most, others
 
 
+def unaccounted(reported: list[str], whole: set[str], keep: int | None) -> list[str]:
+    """Snapshots that were reported and are gone, though there are not ``keep`` newer ones."""
+    newer = {name: sum(_epoch_of(other) > _epoch_of(name) for other in whole) for name in reported}
+    return [name for name in reported if name not in whole and (keep is None or newer[name] < keep)]
+
+
+def _epoch_of(name: str) -> str:
+    return name.split(".")[0]
+
+
 def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Of every bit of the weights, of the optimizer's state and of its groups."""
     state = optimizer.state_dict()
@@ -160,7 +171,7 @@ def _add(summary: Any, tensor: torch.Tensor) -> None:
 
 def _model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(1)
-    layers = [torch.nn.Linear(a, b) for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
+    layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(WIDTHS)]
     model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
