@@ -46,6 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
     "step": {"durability": "step"},
     "step + weights": {"durability": "step", "persist_params": True},
 }
+SNAPSHOT_ROWS = ("snapshot", "delete the one before", "copy", "plain step", "first step", "later step")
 MEMORY_KINDS = ("save", "load", "hold")
 """The last one holds all state in memory, to show that the measurement sees that."""
 TARGETS = {"step": 1.1, "snapshot": 0.1, "memory": 64 << 20}
@@ -110,7 +111,7 @@ def steps(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 def snapshots(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Seconds of a snapshot and of a copy, and of the steps after a snapshot."""
     torch.manual_seed(0)
-    rows: dict[str, list[float]] = {name: [] for name in ("snapshot", "copy", "plain step", "first step", "later step")}
+    rows: dict[str, list[float]] = {name: [] for name in SNAPSHOT_ROWS}
     parameters = make_parameters(parse_bytes(args.state, "state") // 8)
     with (
         tempfile.TemporaryDirectory(dir=args.folder) as kept,
@@ -125,14 +126,15 @@ def snapshots(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         for number in progress.track(range(args.rounds), description="snapshots"):
             whole_step()
             rows["plain step"].append(timed(whole_step))
-            directory = Path(kept) / str(number)
+            before, directory = Path(kept) / str(number - 1), Path(kept) / str(number)
             rows["snapshot"].append(timed(lambda directory=directory: optimizer.snapshot(directory)))
+            if before.exists():  # as keep=1 does it: what the newest one has is never given up before the next is there
+                rows["delete the one before"].append(timed(lambda before=before: shutil.rmtree(before)))
             rows["first step"].append(timed(whole_step))
             whole_step()
             rows["later step"].append(timed(whole_step))
             rows["copy"].append(timed(lambda directory=directory: copy(directory, Path(kept) / "copy")))
             shutil.rmtree(Path(kept) / "copy")
-            shutil.rmtree(directory)
             os.sync()
     pairs = zip(rows["snapshot"], rows["copy"], strict=True)
     later = zip(rows["later step"], rows["plain step"], strict=True)
