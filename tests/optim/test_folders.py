@@ -239,9 +239,9 @@ def settings_used(monkeypatch: pytest.MonkeyPatch) -> list[AioConfig]:
     used: list[AioConfig] = []
     from_config = AioHandle.from_config
 
-    def spy(config: AioConfig, folder: Any = None) -> AioHandle:
+    def spy(config: AioConfig, folder: Any = None, **options: Any) -> AioHandle:
         used.append(config)
-        return from_config(config, folder)
+        return from_config(config, folder, **options)
 
     monkeypatch.setattr(AioHandle, "from_config", spy)
     return used
