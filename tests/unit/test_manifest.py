@@ -34,7 +34,7 @@ from offload_opt.manifest import (
     read_manifest,
     write_manifest,
 )
-from offload_opt.store import check_files
+from offload_opt.unit_file import check_files
 from tests.optim.support import bits_equal
 
 PAGE = 4096
