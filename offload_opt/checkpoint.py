@@ -103,6 +103,11 @@ class Checkpointer:
                 "replace: call restore() to go on from it, or wrap the optimizer with discard=True to start over"
             )
 
+    def check_storable(self, groups: Groups, extra: Any) -> None:
+        """Raise ConfigError where a commit could not hold the groups' options or ``extra``."""
+        encode_value({} if extra is None else extra, "extra")
+        _encode_groups(groups)
+
     def commit(self, groups: Groups, extra: Any, *, wait: bool) -> Manifest:
         """Commit the state as it is now. Without ``wait``, beside the caller, who may change everything meanwhile."""
         self._pager.page_out_brought(groups)  # a step may have made state that had no place before
@@ -337,20 +342,20 @@ class Checkpointer:
             world_size=self._world_size,
             folders=len(self._store.folders),
             optimizer=self._inner.name,
-            groups=[
-                {
-                    name: encode_value(value, f"group {index}'s {name!r}")
-                    for name, value in group.items()
-                    if name != "params"
-                }
-                for index, group in enumerate(groups)
-            ],
+            groups=_encode_groups(groups),
             group_sizes=[len(group["params"]) for group in groups],
             state=Layout(parameters=records, units=self._store.records(self._pager.units(), numbers)),
             weights=weights,
             extra=encode_value({} if extra is None else extra, "extra"),
             snapshots=list(self._snapshots),
         )
+
+
+def _encode_groups(groups: Groups) -> list[dict[str, Any]]:
+    return [
+        {name: encode_value(value, f"group {index}'s {name!r}") for name, value in group.items() if name != "params"}
+        for index, group in enumerate(groups)
+    ]
 
 
 def _whole_tensors(

@@ -164,9 +164,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         started = time.perf_counter()
+        commits = self.config.durability == "step"
+        if commits:
+            self._checkpointer.check_storable(self.param_groups, self.extra)
         self._pager.step(self.param_groups)
         self._checkpointer.epoch += 1
-        if self.config.durability == "step":
+        if commits:
             self._checkpointer.commit(self.param_groups, self.extra, wait=False)
         self._stats.step_seconds += time.perf_counter() - started
         self._stats.steps += 1
@@ -281,7 +284,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises:
             StoreError: There is no commit or snapshot, or it is damaged; the message says what and where.
             ConfigError: It is not of this optimizer or of these parameters. In both cases nothing is changed.
-            OSError: A transfer failed. The optimizer cannot be used before another ``restore()``.
+            OSError: A transfer failed, or a StoreError later on: there is no room for copies of a snapshot's files. The
+                optimizer cannot be used before another ``restore()``.
         """
         self._check_open()
         place = None if directory is None else check_directory(directory)

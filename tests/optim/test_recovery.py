@@ -280,3 +280,21 @@ def test_a_forked_child_neither_holds_nor_uses_the_store(store: Path) -> None:
         store,
     )
     assert done.stdout == "4\n"
+
+
+def test_what_a_commit_cannot_hold_is_refused_before_the_step(store: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(100))
+    with OffloadOptimizer(torch.optim.AdamW([parameter]), store, durability="step") as optimizer:
+        parameter.grad = torch.ones(100)
+        optimizer.step()
+        before = parameter.detach().clone()
+        optimizer.extra = {"model": torch.nn.Linear(2, 2)}
+        with pytest.raises(ConfigError, match=r"extra\['model'\] is a Linear"):
+            optimizer.step()
+        assert torch.equal(parameter, before)
+        optimizer.extra = {}
+        optimizer.param_groups[0]["note"] = object()
+        with pytest.raises(ConfigError, match="group 0's 'note' is a object"):
+            optimizer.step()
+        assert torch.equal(parameter, before)
+        assert optimizer.epoch == 1
