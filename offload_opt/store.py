@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,6 +100,7 @@ class SwapStore:
         self._commit: Future[None] | None = None
         self._committing: dict[SwapUnit, UnitFile] = {}
         self._executor: ThreadPoolExecutor | None = None
+        self._committer: int | None = None  # the thread that a commit runs on
         self._owner = os.getpid()
         locks: list[int] = []
         self._release_locks = weakref.finalize(self, unlock, locks, os.getpid())
@@ -235,11 +237,20 @@ class SwapStore:
 
     def abandon_commit(self) -> None:
         """Wait for a commit that is under way, whatever comes of it."""
+        if threading.get_ident() == self._committer:
+            return  # garbage collection, on the commit's own thread, closes the store: it would wait for itself
         with contextlib.suppress(OSError, StoreError):
             self.finish_commit()
 
     def _bring_to_device(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         """On a thread of its own. Nothing that it looks at is changed before finish_commit()."""
+        self._committer = threading.get_ident()
+        try:
+            self._commit_now(manifest, writes)
+        finally:
+            self._committer = None
+
+    def _commit_now(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         for write in writes:
             write.wait()
         names_changed, self._units.names_changed = self._units.names_changed, False
@@ -255,6 +266,8 @@ class SwapStore:
                 sync_folder(folder / "units")
             if index and self.committed is None:
                 write_part(folder, index, len(self.folders))
+        if not self._release_locks.alive:
+            raise StoreError(f"{self.folders[0]} was closed before its commit was done")  # it may be another's by now
         write_manifest(self.folders[0] / MANIFEST, manifest)
         self.committed = manifest
 
