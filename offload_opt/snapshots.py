@@ -139,6 +139,8 @@ def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:
     """
     found = []
     for other in directory.parent.iterdir():
+        if other.is_symlink():  # "latest", for example: another name of a snapshot, not one more
+            continue
         folder = rank_folder(other, manifest.rank, manifest.world_size)
         _finish_deleting(folder)
         try:

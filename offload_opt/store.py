@@ -120,6 +120,7 @@ class SwapStore:
 
     def create(self, units: Sequence[SwapUnit]) -> None:
         """Make the files of new units, with their space allocated. Raises StoreError when the disks are full."""
+        self.finish_commit()
         if not self._units.slots:
             self._delete_others()
         made: list[SwapUnit] = []
@@ -222,18 +223,21 @@ class SwapStore:
         """Wait for a commit that is under way. Raises OSError where it failed: the commit before it holds then."""
         if self._commit is None:
             return
-        try:
-            self._commit.result()
-        finally:
-            if self._commit.done():  # else the wait was interrupted, and the commit goes on
-                self._commit = None
-        for unit, file in self._committing.items():
+        self._commit.result()  # one that failed stays, and says so each time: what is on disk is in doubt
+        while self._committing:  # an interrupt at any point leaves the rest to the next call
+            unit, file = next(iter(self._committing.items()))
             self._units.commit(unit, file)
-        self._committing = {}
+            del self._committing[unit]
         for path in self._retired:
             path.unlink(missing_ok=True)
         self._retired.clear()
+        self._commit = None
         self._units.provide_spares()
+
+    def give_up_commit(self) -> None:
+        """Once its units are forgotten: a commit that failed is no longer in the way."""
+        if self._commit is not None and self._commit.done():
+            self._commit, self._committing = None, {}
 
     def abandon_commit(self) -> None:
         """Wait for a commit that is under way, whatever comes of it."""
@@ -253,7 +257,6 @@ class SwapStore:
     def _commit_now(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         for write in writes:
             write.wait()
-        names_changed, self._units.names_changed = self._units.names_changed, False
         files = [file for file in self._committing.values() if not file.synced]
         assert self._executor is not None
         try:
@@ -262,10 +265,11 @@ class SwapStore:
             for file in files:
                 file.bring_to_device()
         for index, folder in enumerate(self.folders):
-            if names_changed:
+            if self._units.names_changed:
                 sync_folder(folder / "units")
             if index and self.committed is None:
                 write_part(folder, index, len(self.folders))
+        self._units.names_changed = False  # nobody makes files while a commit is under way
         if not self._release_locks.alive:
             raise StoreError(f"{self.folders[0]} was closed before its commit was done")  # it may be another's by now
         write_manifest(self.folders[0] / MANIFEST, manifest)

@@ -188,6 +188,7 @@ class SwapManager:
         """Drop every unit and its file, failed or not: a fresh start. What the last commit names stays."""
         self._abandon()
         self._store.forget(self.units)
+        self._store.give_up_commit()
         self.units.clear()
         self._stats.state_bytes = 0
         self._failure = None
