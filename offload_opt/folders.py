@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from .config import format_bytes
 from .errors import ConfigError, StoreError
@@ -89,16 +91,28 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a small file in place, whole or not at all, and on the device when it returns."""
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` at the end: whole or not at all, and on the device by then."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)  # whatever the umask says
+            yield file
+            file.flush()
+            os.fsync(fd)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a process that was killed in ``replacing`` has left."""
+    for file in folder.glob(".*.new"):
+        file.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -122,6 +136,15 @@ def free_bytes(folder: Path) -> int:
     """Bytes that may still be written to files in ``folder``."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
+
+
+def check_room(folder: Path, nbytes: int, what: str) -> None:
+    """Raise StoreError unless ``folder`` has room for ``nbytes`` of ``what``."""
+    free = free_bytes(folder)
+    if nbytes > free:
+        raise StoreError(
+            f"no space for {what}: it needs {format_bytes(nbytes)}, and {format_bytes(free)} are free in {folder}"
+        )
 
 
 def lock(path: Path) -> int:

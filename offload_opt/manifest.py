@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from .errors import ConfigError, StoreError
-from .folders import replace_file
+from .folders import replacing
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_dense
 
 MANIFEST = "MANIFEST.json"
@@ -240,7 +240,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """Put a manifest in place, whole or not at all, and on the device when it returns."""
     body = msgspec.json.encode(manifest)
     envelope = _Envelope(format=_FORMAT, version=_VERSION, checksum=checksum(body), body=msgspec.Raw(body))
-    replace_file(path, msgspec.json.encode(envelope))
+    with replacing(path) as file:
+        file.write(msgspec.json.encode(envelope))
 
 
 def read_part(folder: Path) -> tuple[int, int] | None:
@@ -255,7 +256,8 @@ def read_part(folder: Path) -> tuple[int, int] | None:
 
 def write_part(folder: Path, index: int, count: int) -> None:
     """Say in a folder of a store, other than the first, which it is."""
-    replace_file(folder / PART, msgspec.json.encode((index, count)))
+    with replacing(folder / PART) as file:
+        file.write(msgspec.json.encode((index, count)))
 
 
 # Values: what JSON has no word for is an object with one key that starts with "$".

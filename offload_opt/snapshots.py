@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .config import format_bytes
 from .errors import StoreError
-from .folders import free_bytes, make_folder, rank_folder, sync_folder
+from .folders import check_room, make_folder, rank_folder, sync_folder
 from .manifest import MANIFEST, Manifest, read_manifest
 
 _log = logging.getLogger(__name__)
@@ -54,11 +54,7 @@ def link_or_copy(pairs: Sequence[FilePair], what: str) -> set[Path]:
 def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
     nbytes = sum(pair.nbytes for pair in pairs)
     folder = pairs[0].target.parent
-    free = free_bytes(folder)
-    if nbytes > free:
-        raise StoreError(
-            f"no space for the {what}: it needs {format_bytes(nbytes)}, and {format_bytes(free)} are free in {folder}"
-        )
+    check_room(folder, nbytes, f"the {what}")
     _log.info(
         "%s: copying %s to %s, which is on another file system than the store", what, format_bytes(nbytes), folder
     )

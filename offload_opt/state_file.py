@@ -20,13 +20,11 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from .config import format_bytes
-from .errors import StoreError
-from .folders import free_bytes
+from .folders import check_room, replacing
 from .manifest import DTYPES
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_row_major
 
-# Smaller tensors are read into memory: a mapping takes whole pages, and a process may have some 65,000.
+# Smaller tensors are read into memory, so that they do not keep the file.
 _MAP_FROM = 64 << 10
 _COPY_BYTES = 8 << 20
 
@@ -43,7 +41,7 @@ class WholeTensor(NamedTuple):
 
 
 def map_state(tensors: Sequence[WholeTensor], place: Place, folder: Path) -> list[torch.Tensor]:
-    """The tensors, each in a mapping of its own of an unnamed file in ``folder``, which goes with the last of them.
+    """The tensors, mapped from an unnamed file in ``folder``, which goes with the last of them.
 
     They are the reader's own: what is written to them stays in memory, and later steps do not change them.
 
@@ -59,7 +57,9 @@ def map_state(tensors: Sequence[WholeTensor], place: Place, folder: Path) -> lis
         _allocate(file.fileno(), end)
         for tensor, offset in zip(tensors, offsets, strict=True):
             _copy_pieces(tensor, place, file.fileno(), offset)
-        return [_map(file.fileno(), tensor.spec, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
+        # One mapping, which the tensors share: each mapping holds a descriptor of the file.
+        data: Any = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY) if end else b""
+        return [_view(data, tensor.spec, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
 
 
 def export(
@@ -86,37 +86,20 @@ def export(
     text = text.ljust(-(-len(text) // 8) * 8)
     header = struct.pack("<Q", len(text)) + text
     check_room(path.parent, len(header) + end, f"the file {path.name}")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(header)
-            file.flush()
-            for tensor in tensors:
-                offset = len(header) + entries[tensor.label]["data_offsets"][0]
-                if is_row_major(tensor.spec):
-                    _copy_pieces(tensor, place, file.fileno(), offset)
-                else:  # stored in the order of its memory; a file has room for the order of dimensions only
-                    (mapped,) = map_state([tensor], place, path.parent)
-                    file.seek(offset)
-                    _write(file, mapped)
-            file.seek(len(header) + end - sum(tensor.nbytes for tensor in small.values()))
-            for value in small.values():
-                _write(file, value)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def check_room(folder: Path, nbytes: int, what: str) -> None:
-    """Raise StoreError unless ``folder`` has room for ``nbytes`` of ``what``."""
-    free = free_bytes(folder)
-    if nbytes > free:
-        raise StoreError(
-            f"no space for {what}: it needs {format_bytes(nbytes)}, and {format_bytes(free)} are free in {folder}"
-        )
+    with replacing(path) as file:
+        file.write(header)
+        file.flush()
+        for tensor in tensors:
+            offset = len(header) + entries[tensor.label]["data_offsets"][0]
+            if is_row_major(tensor.spec):
+                _copy_pieces(tensor, place, file.fileno(), offset)
+            else:  # stored in the order of its memory; a file has room for the order of dimensions only
+                (mapped,) = map_state([tensor], place, path.parent)
+                file.seek(offset)
+                _write(file, mapped)
+        file.seek(len(header) + end - sum(tensor.nbytes for tensor in small.values()))
+        for value in small.values():
+            _write(file, value)
 
 
 def _copy_pieces(tensor: WholeTensor, place: Place, target: int, offset: int) -> None:
@@ -150,12 +133,12 @@ def _copy_range(source: int, begin: int, target: int, offset: int, nbytes: int, 
         begin, offset, nbytes = begin + count, offset + count, nbytes - count
 
 
-def _map(fd: int, spec: StateTensor, offset: int) -> torch.Tensor:
-    if spec.nbytes >= _MAP_FROM:
-        data: Any = mmap.mmap(fd, spec.nbytes, access=mmap.ACCESS_COPY, offset=offset)
-    else:
-        data = bytearray(os.pread(fd, spec.nbytes, offset))
-    return torch.frombuffer(data, dtype=spec.dtype).as_strided(spec.shape, spec.stride)
+def _view(data: Any, spec: StateTensor, offset: int) -> torch.Tensor:
+    """A tensor with a storage of its own in a mapping that it keeps alive; a small one in memory."""
+    if spec.nbytes < _MAP_FROM:
+        data, offset = bytearray(data[offset : offset + spec.nbytes]), 0
+    flat = torch.frombuffer(data, dtype=spec.dtype, count=spec.numel, offset=offset)
+    return flat.as_strided(spec.shape, spec.stride)
 
 
 def _allocate(fd: int, nbytes: int) -> None:

@@ -29,7 +29,7 @@ import msgspec
 import torch
 
 from .errors import ConfigError, StoreError
-from .folders import lock, make_folder, sync_folder, unlock
+from .folders import lock, make_folder, remove_unfinished, sync_folder, unlock
 from .manifest import (
     MANIFEST,
     PART,
@@ -109,6 +109,7 @@ class SwapStore:
                 for path in (folder, folder / "units"):
                     make_folder(path)
                 locks.append(lock(folder / "LOCK"))
+                remove_unfinished(folder)
             self._check_order()
             self.committed = self._read_committed()
         except BaseException:

@@ -12,7 +12,6 @@ import os
 import platform
 import stat
 import statistics
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from .aio import AioHandle, engines
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .config import AioConfig, format_bytes
 from .errors import ConfigError
-from .folders import check_folder, free_bytes
+from .folders import check_folder, free_bytes, replacing
 
 logger = logging.getLogger("offload_opt")
 
@@ -204,23 +203,8 @@ def save_tuned(folder: str | os.PathLike[str], tuned: Tuned) -> Path:
         "date": tuned.date,
     }
     path = Path(folder) / TUNED_FILE
-    fd, name = tempfile.mkstemp(prefix=f".{TUNED_FILE}.", dir=folder)
-    temporary = Path(name)
-    try:
-        with os.fdopen(fd, "w") as file:
-            os.fchmod(file.fileno(), 0o644)  # others may use the folder, too
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
+    with replacing(path, mode=0o644) as file:  # others may use the folder, too
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
     return path
 
 

@@ -59,7 +59,7 @@ class Run:
                 assert extra == {"step": epoch}
                 most, others = count_files(self.job)
                 assert most <= FILES_OF_A_UNIT
-                assert others in ([], ["MANIFEST.json.new"])
+                assert others == []
             elif word == "durable":
                 self.durable = values[0]
                 at = "training"

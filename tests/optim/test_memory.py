@@ -6,28 +6,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_peak_memory_stays_within_host_memory_and_32_mib(tmp_path: Path) -> None:
-    options = ["--state", "256MiB", "--host-memory", "32MiB", "--no-save"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "memory.py", tmp_path, *options], capture_output=True, text=True, check=False
-    )
+def run(benchmark: str, folder: Path, *options: str) -> Any:
+    """What a benchmark measured."""
+    command = [sys.executable, BENCHMARKS / benchmark, folder, *options, "--no-save"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout.splitlines()[-1])["growth_bytes"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_peak_memory_stays_within_host_memory_and_32_mib(tmp_path: Path) -> None:
+    growth = run("memory.py", tmp_path, "--state", "256MiB", "--host-memory", "32MiB")["growth_bytes"]
     assert growth["offloaded"] <= (32 + 32) << 20
     assert growth["memory"] > 256 << 20, "the run in memory is to show that the measurement sees the state"
 
 
 def test_saving_and_loading_take_hardly_any_memory(tmp_path: Path) -> None:
-    options = ["--only", "memory", "--saved", "256MiB", "--no-save"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "store.py", tmp_path, *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    peak = json.loads(done.stdout.splitlines()[-1])["memory"]
+    peak = run("store.py", tmp_path, "--only", "memory", "--saved", "256MiB")["memory"]
     assert peak["save"] <= 64 << 20
     assert peak["load"] <= 64 << 20
     assert peak["hold"] > 256 << 20, "the run that holds the state is to show that the measurement sees it"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from offload_opt import OffloadOptimizer, verification
 from offload_opt.inspection import find_ranks
-from tests.optim.support import adam
+from tests.optim.support import adam, bits_equal
 
 
 def make(store: Path, *names: str, **fields: Any) -> OffloadOptimizer:
@@ -79,3 +79,26 @@ def test_a_snapshot_in_a_folder_whose_name_is_no_unicode(store: Path) -> None:
             optimizer.snapshot(place / name)
         optimizer.restore(place / "first")
         assert optimizer.epoch == 1
+
+
+def test_a_state_dict_of_many_tensors_takes_few_descriptors(store: Path) -> None:
+    # Each tensor had a mapping of its own, and each mapping a descriptor of the file.
+    parameters = [torch.nn.Parameter(torch.zeros(16 << 10)) for _ in range(150)]
+    with OffloadOptimizer(adam(parameters), store, host_memory="2MiB") as optimizer:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.synchronize()
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        taken = optimizer.state_dict()
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+        for state in taken["state"].values():
+            assert bits_equal(state["exp_avg"], parameters[0].grad * 0.1)
+
+
+def test_what_a_killed_process_left_of_a_manifest_is_deleted(store: Path) -> None:
+    make(store).close()
+    remains = store / "rank-00000-of-00001" / ".MANIFEST.json.123.new"
+    remains.write_bytes(b"half of it")
+    make(store).close()
+    assert not remains.exists()
