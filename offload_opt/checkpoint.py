@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from .manifest import (
     read_manifest,
     tensor_records,
 )
-from .pager import Key, ParameterPager, ParameterState, parameters_of, plan_parameters
+from .pager import Key, ParameterPager, ParameterState, parameters_of, plan_parameters, resident_from
 from .snapshots import Snapshot, delete_older
 from .state_file import WholeTensor, map_state
 from .store import SwapStore
@@ -94,6 +95,10 @@ class Checkpointer:
     def committed_epoch(self) -> int | None:
         """Of the last commit that has ended; None before the first."""
         return None if self._store.committed is None else self._store.committed.epoch
+
+    def committed_files(self) -> set[Path]:
+        """The unit files of the last commit, which stay until the next one."""
+        return self._store.named_by_commit()
 
     def check_started(self) -> None:
         """Raise StoreError while the store has a committed epoch that nobody has decided about."""
@@ -164,20 +169,38 @@ class Checkpointer:
             self._take_up(found, directory, groups)
             if found.manifest.weights is not None:
                 read_weights(found.manifest.weights, found.folders, self._handle, groups, found.where)
+            for group, then in zip(groups, found.groups, strict=True):
+                group.update({name: value for name, value in then.items() if name != "params"})
+            self._continue(found.manifest, is_own=directory is None)
+            if self._is_durable and directory is not None:
+                self.commit(groups, found.extra, wait=True)
         except BaseException as error:
             self._manager.fail(error)
             raise
-        for group, then in zip(groups, found.groups, strict=True):
-            group.update({name: value for name, value in then.items() if name != "params"})
-        self._run, self.epoch = found.manifest.run, found.manifest.epoch
-        self._snapshots = list(found.manifest.snapshots)
         self._undecided = False
         if directory is None:
-            for path in self._snapshots:
-                Snapshot(Path(path), self._rank, self._world_size).remove_remains()
-        if self._is_durable and directory is not None:
-            self.commit(groups, found.extra, wait=True)
+            self._remove_remains()
         return found.extra
+
+    def _continue(self, manifest: Manifest, *, is_own: bool) -> None:
+        """Go on as the run that made ``manifest`` or, from a snapshot of another store, as a run of our own.
+
+        Two stores may go on from one snapshot: neither may take the other's later snapshots for its own, and delete
+        them by ``keep``.
+        """
+        if is_own or manifest.store == self._store.identity:
+            self._run, self._snapshots = manifest.run, list(manifest.snapshots)
+        else:
+            self._run, self._snapshots = uuid.uuid4().hex, []
+        self.epoch = manifest.epoch
+
+    def _remove_remains(self) -> None:
+        """Delete what a kill has left of the snapshots that the commit names. It harms nothing where that fails."""
+        for path in self._snapshots:
+            try:
+                Snapshot(Path(path), self._rank, self._world_size).remove_remains()
+            except OSError as error:
+                _log.warning("what was left of the snapshot %s could not be deleted: %s", path, error)
 
     def _take_up(self, found: _Found, directory: Path | None, groups: Groups) -> None:
         records: dict[SwapUnit, UnitRecord] = dict(zip(found.units, found.manifest.state.units, strict=True))
@@ -221,11 +244,15 @@ class Checkpointer:
         units = manifest.state.swap_units(where)
         groups_then = self._groups_of(manifest, groups, where)
         if manifest.weights is not None:
-            manifest.weights.swap_units(where)
-            check_weights(manifest.weights, groups, where)
+            check_weights(manifest.weights, folders, self._handle, groups, where)
         plans = self._plans_of(manifest.state, groups_then, where)
-        residents = [decode_mapping(record.resident) for record in manifest.state.parameters]
-        states = {plan.key: (plan, resident) for plan, resident in zip(plans, residents, strict=True)}
+        states = {
+            plan.key: (plan, resident_from(plan.template, decode_mapping(record.resident)))
+            for plan, record in zip(plans, manifest.state.parameters, strict=True)
+        }
+        for unit in units:
+            for piece in unit.pieces:
+                piece.resident = resident_from(states[piece.key][0].template, piece.resident)
         return _Found(manifest, where, folders, units, groups_then, states, decode_value(manifest.extra))
 
     def _groups_of(self, manifest: Manifest, groups: Groups, where: Path) -> list[dict[str, Any]]:
@@ -238,9 +265,10 @@ class Checkpointer:
                 f"{where} is of param_groups with {manifest.group_sizes} parameters, and the optimizer's have {sizes}: "
                 "make them as they were (add_param_group() comes before restore())"
             )
+        decoded = [{name: decode_value(value) for name, value in group.items()} for group in manifest.groups]
+        _check_names(decoded, groups, where)
         result = []
-        for group, encoded in zip(groups, manifest.groups, strict=True):
-            then = {name: decode_value(value) for name, value in encoded.items()}
+        for group, then in zip(groups, decoded, strict=True):
             for name, value in then.items():
                 now = group.get(name)
                 if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
@@ -312,10 +340,7 @@ class Checkpointer:
         self._pager.replace_all(found.groups, states)
 
     def _manifest(self, groups: Groups, extra: Any) -> Manifest:
-        weights = None
-        if self._config.persist_params:
-            self._weights.write(groups)
-            weights = self._weights.layout(self._store)
+        """What there is to commit, the weights written; whatever cannot be stored is refused before they are."""
         keys = self._pager.stored_keys()
         records = []
         for key in keys:
@@ -334,7 +359,14 @@ class Checkpointer:
                 )
             )
         numbers = {key: number for number, key in enumerate(keys)}
+        state = Layout(parameters=records, units=self._store.records(self._pager.units(), numbers))
+        encoded_groups, encoded_extra = _encode_groups(groups), encode_value({} if extra is None else extra, "extra")
+        weights = None
+        if self._config.persist_params:
+            self._weights.write(groups)
+            weights = self._weights.layout(self._store)
         return Manifest(
+            store=self._store.identity,
             run=self._run,
             epoch=self.epoch,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
@@ -342,11 +374,11 @@ class Checkpointer:
             world_size=self._world_size,
             folders=len(self._store.folders),
             optimizer=self._inner.name,
-            groups=_encode_groups(groups),
+            groups=encoded_groups,
             group_sizes=[len(group["params"]) for group in groups],
-            state=Layout(parameters=records, units=self._store.records(self._pager.units(), numbers)),
+            state=state,
             weights=weights,
-            extra=encode_value({} if extra is None else extra, "extra"),
+            extra=encoded_extra,
             snapshots=list(self._snapshots),
         )
 
@@ -356,6 +388,24 @@ def _encode_groups(groups: Groups) -> list[dict[str, Any]]:
         {name: encode_value(value, f"group {index}'s {name!r}") for name, value in group.items() if name != "params"}
         for index, group in enumerate(groups)
     ]
+
+
+def _check_names(then: Groups, now: Groups, where: Path) -> None:
+    """Raise ConfigError where a parameter that has a name in both has another place: it would get another's state."""
+    places: list[dict[str, Key]] = []
+    for groups in (then, now):
+        keyed = [
+            (str(name), (g, i)) for g, group in enumerate(groups) for i, name in enumerate(group.get("param_names", ()))
+        ]
+        count = Counter(name for name, _ in keyed)
+        places.append({name: key for name, key in keyed if count[name] == 1})
+    for name in places[0].keys() & places[1].keys():
+        (g, i), (h, j) = places[0][name], places[1][name]
+        if (g, i) != (h, j):
+            raise ConfigError(
+                f"{where} has {name} as parameter {i} of group {g}, and the optimizer has it as parameter {j} of group "
+                f"{h}: give the parameters in the order that they had"
+            )
 
 
 def _whole_tensors(

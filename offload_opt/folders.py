@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+import re
+import uuid
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,22 +51,30 @@ def rank_folder(path: str | os.PathLike[str], rank: int, world_size: int) -> Pat
     return Path(path) / f"rank-{rank:05d}-of-{world_size:05d}"
 
 
-def check_space(folders: Sequence[Path], nbytes: int) -> None:
+def check_space(folders: Sequence[Path], nbytes: int, stay: Collection[Path] = ()) -> None:
     """Raise ConfigError where ``nbytes`` of state do not fit into the store ``folders``, which need not exist yet.
 
-    Units that an earlier run left there count as free space: they are replaced.
+    Units that an earlier run left there count as free space, since they are replaced: but for the files in ``stay``,
+    and for those that a snapshot has, too.
     """
     free_on: dict[int, int] = {}  # folders on one device share its space
     for folder in folders:
         free_on.setdefault(folder.parent.stat().st_dev, free_bytes(folder.parent))
-    left_over = [file for folder in folders for file in (folder / "units").glob(UNIT_FILES)]
-    free = sum(free_on.values()) + sum(file.stat().st_blocks * 512 for file in left_over)
+    replaced, kept = 0, 0
+    for file in (file for folder in folders for file in (folder / "units").glob(UNIT_FILES)):
+        info = file.stat()
+        if file in stay:
+            kept += info.st_blocks * 512
+        elif info.st_nlink == 1:
+            replaced += info.st_blocks * 512
+    free = sum(free_on.values()) + replaced
     if nbytes > free:
         paths = [str(folder.parent) for folder in folders]
         shown = paths if len(paths) > 1 else repr(paths[0])
+        committed = f"; the last commit keeps {format_bytes(kept)} until the next one" if kept else ""
         raise ConfigError(
             f"path {shown} is too small for the optimizer state: it needs {format_bytes(nbytes)}, and "
-            f"{format_bytes(free)} are free{_other_state(folders)}"
+            f"{format_bytes(free)} are free{committed}{_other_state(folders)}"
         )
 
 
@@ -147,23 +157,36 @@ def check_room(folder: Path, nbytes: int, what: str) -> None:
         )
 
 
-def lock(path: Path) -> int:
-    """Lock the store and write our pid into it. The descriptor holds the lock; it goes with the process."""
+def lock(path: Path) -> tuple[int, str]:
+    """Lock the store and write our pid into it. Returns the descriptor, and the identity of the store.
+
+    The descriptor holds the lock, which goes with the process. The identity is made up once, and stays in the file.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        owner, _ = _read_lock(fd)
         os.close(fd)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
-        whose = "this process" if owner == str(os.getpid()) else f"process {owner}"
+        whose = "this process" if owner == str(os.getpid()) else f"process {owner or 'unknown'}"
         raise StoreError(
             f"the store {path.parent} is in use by {whose}: give each optimizer its own folder, or close() the other"
         ) from None
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
-    return fd
+    _, identity = _read_lock(fd)
+    if not re.fullmatch("[0-9a-f]{32}", identity):
+        identity = uuid.uuid4().hex
+    content = f"{os.getpid()}\n{identity}\n".encode()
+    os.pwrite(fd, content, 0)
+    os.ftruncate(fd, len(content))
+    return fd, identity
+
+
+def _read_lock(fd: int) -> tuple[str, str]:
+    """Pid and identity, as they stand in the file."""
+    owner, _, rest = os.pread(fd, 128, 0).decode(errors="replace").partition("\n")
+    return owner.strip(), rest.strip()
 
 
 def unlock(locks: Sequence[int], owner: int) -> None:

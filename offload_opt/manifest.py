@@ -168,8 +168,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A committed epoch. ``groups`` are the param groups' options, encoded; ``extra`` is the user's, encoded too."""
+    """A committed epoch. ``groups`` are the param groups' options, encoded; ``extra`` is the user's, encoded too.
 
+    ``store`` is the identity of the store that made it, and ``run`` that of the training, which ends with the store's
+    ``discard=True``, and goes on with ``restore()``.
+    """
+
+    store: str
     run: str
     epoch: int
     created: str
@@ -204,7 +209,12 @@ def digest(hasher: xxhash.xxh3_128) -> str:
 
 def checksum_of(data: torch.Tensor) -> str:
     """The checksum of a contiguous CPU tensor's bytes. Lets go of the GIL."""
-    return checksum((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+    return checksum(bytes_of(data))
+
+
+def bytes_of(data: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    """A contiguous CPU tensor's memory, as a buffer. Valid as long as the tensor."""
+    return (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
 
 
 def read_manifest(path: Path) -> Manifest:

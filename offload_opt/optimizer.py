@@ -7,7 +7,8 @@ import os
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from .store import SwapStore
 from .swap_manager import Failure, SwapManager
 from .trace import SwapStats
 from .tuning import bandwidths_of, settings_for
-from .units import Paging, check_memory, state_bytes
+from .units import Paging, ParameterPlan, check_memory, state_bytes
 from .weights import weight_bytes
 
 # Inner optimizers that an open OffloadOptimizer holds: two of them would update the same parameters twice.
@@ -91,12 +92,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         try:
             durable = self.config.durability != "scratch"
             checksum = self.config.checksum if durable or self.config.checksum == "read" else "off"
-            store = SwapStore(folders, handle, bandwidths, durable=durable, checksum=checksum)
+            store = SwapStore(folders, handle, bandwidths, durable=durable, checksum=checksum, discard=discard)
         except BaseException:
             handle.close()
             raise
-        if discard:
-            store.discard()
         self._manager = SwapManager(handle, store, host_memory, self._stats, self._failure)
         self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
         self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
@@ -225,7 +224,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         # Everything that can be refused is, before the old state is given up.
         plans = plan_states(self._inner, state["param_groups"], states)
         check_memory(plans, cast(int, self.config.host_memory), cast("int | None", self.config.unit_size))
-        self._check_space(self._folders, plans, state["param_groups"])
+        self._check_space(self._folders, plans, state["param_groups"], self._checkpointer.committed_files())
         optimizer = self._inner.optimizer
         optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
         self.param_groups = optimizer.param_groups
@@ -336,10 +335,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"OffloadOptimizer({self.config.path!r}, {self._inner.optimizer!r})"
 
-    def _check_space(self, folders: Sequence[Any], plans: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
+    def _check_space(
+        self,
+        folders: Sequence[Path],
+        plans: Sequence[ParameterPlan],
+        groups: Sequence[dict[str, Any]],
+        stay: Collection[Path] = (),
+    ) -> None:
         weights = weight_bytes(groups) if self.config.persist_params else 0
         slots = 1 if self.config.durability == "scratch" else 2
-        check_space(folders, slots * (state_bytes(plans) + weights))
+        check_space(folders, slots * (state_bytes(plans) + weights), stay)
 
     def _check_open(self) -> None:
         if not self._shut_down.alive:
@@ -370,7 +375,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> InnerOptimizer:
     return InnerOptimizer(optimizer)
 
 
-def _plan_trainable(inner: InnerOptimizer) -> list[Any]:
+def _plan_trainable(inner: InnerOptimizer) -> list[ParameterPlan]:
     """Plans for all parameters that may get a gradient, to see beforehand whether everything fits."""
     groups = inner.optimizer.param_groups
     keys = [key for key, parameter in parameters_of(groups).items() if parameter.requires_grad]

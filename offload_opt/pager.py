@@ -12,7 +12,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -148,12 +148,12 @@ class ParameterPager:
                     if not piece.is_whole:
                         source = _in_memory_order(source, plan.shape, plan.stride)[piece.start : piece.stop]
                     tensor.view(data).copy_(source)
-                piece.resident = _resident_from(plan.template, state)
+                piece.resident = resident_from(plan.template, state)
 
         self._manager.walk(units, fill, cyclic=False)
         for key, state in keyed.items():
             if not self.entries[key].pieces:
-                self.entries[key].resident = _resident_from(self.entries[key].plan.template, state)
+                self.entries[key].resident = resident_from(self.entries[key].plan.template, state)
         self._brought = {}
 
     def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
@@ -484,8 +484,14 @@ def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
             raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
 
 
-def _resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]:
+@overload
+def resident_from(template: StateTemplate, state: None) -> None: ...
+@overload
+def resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]: ...
+def resident_from(template: StateTemplate, state: ParameterState | None) -> dict[str, Any] | None:
     """The small part of a given state, in the dtypes and on the devices that the optimizer itself uses."""
+    if state is None:
+        return None
     paged = {tensor.name for tensor in template.paged}
     resident = {}
     for name, value in state.items():

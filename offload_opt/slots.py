@@ -177,10 +177,11 @@ class UnitSlots:
         raise self._no_space(unit, nbytes) from full
 
     def _new_path(self, folder: int, unit: SwapUnit) -> Path:
+        """A name that no folder has: a snapshot has the files of all of them in one."""
         self.names_changed = True
-        units = self._folders[folder] / "units"
-        names = (units / f"unit-{unit.index:05d}.{number}.safetensors" for number in self._numbers[unit.index])
-        return next(path for path in names if not path.exists())
+        names = (f"unit-{unit.index:05d}.{number}.safetensors" for number in self._numbers[unit.index])
+        name = next(name for name in names if not any((each / "units" / name).exists() for each in self._folders))
+        return self._folders[folder] / "units" / name
 
     def _new_file(self, folder: int, unit: SwapUnit, header: bytes) -> UnitFile:
         path = self._new_path(folder, unit)

@@ -7,7 +7,6 @@ tools (``export``), or has no name and is mapped into memory (``map_state``): wh
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import mmap
@@ -21,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from .folders import check_room, replacing
-from .manifest import DTYPES
+from .manifest import DTYPES, bytes_of
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_row_major
 
 # Smaller tensors are read into memory, so that they do not keep the file.
@@ -150,4 +149,4 @@ def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
     """Write a tensor's bytes, in the order of its dimensions."""
     tensor = tensor.detach().cpu().contiguous()  # has to live until its memory is written
     if tensor.nbytes:
-        file.write(memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())))
+        file.write(memoryview(bytes_of(tensor)))

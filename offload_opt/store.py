@@ -78,9 +78,11 @@ class SwapStore:
         bandwidths: Of each folder, in any unit of measure.
         durable: Whether there will be commits, for which each unit needs a second file.
         checksum: ``"off"``, ``"write"`` (of each unit as it is written) or ``"read"`` (checked, too, at each read).
+        discard: Give up the last commit, also one that is damaged. Its files are deleted when new ones are made.
 
     Raises:
         StoreError: Another process, or another optimizer of this one, owns the store; or its manifest is damaged.
+        ConfigError: The folders are not those of the last commit, in its order.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class SwapStore:
         *,
         durable: bool = False,
         checksum: str = "off",
+        discard: bool = False,
     ) -> None:
         self._handle = handle
         self.folders = tuple(folders)
@@ -100,7 +103,7 @@ class SwapStore:
         self._commit: Future[None] | None = None
         self._committing: dict[SwapUnit, UnitFile] = {}
         self._executor: ThreadPoolExecutor | None = None
-        self._committer: int | None = None  # the thread that a commit runs on
+        self._workers: set[int] = set()  # the threads that commits run on
         self._owner = os.getpid()
         locks: list[int] = []
         self._release_locks = weakref.finalize(self, unlock, locks, os.getpid())
@@ -108,9 +111,14 @@ class SwapStore:
             for folder in self.folders:
                 for path in (folder, folder / "units"):
                     make_folder(path)
-                locks.append(lock(folder / "LOCK"))
+                fd, identity = lock(folder / "LOCK")
+                locks.append(fd)
+                if folder == self.folders[0]:
+                    self.identity = identity
                 remove_unfinished(folder)
-            self._check_order()
+            self._check_order(discard)
+            if discard:
+                self._discard()
             self.committed = self._read_committed()
         except BaseException:
             self._release_locks()
@@ -153,7 +161,7 @@ class SwapStore:
 
         Files of an earlier run are among them, of which no unit here has ever known.
         """
-        self._retired = sorted({*self._retired, *self._named_by_commit()})
+        self._retired = sorted({*self._retired, *self.named_by_commit()})
         self._delete_others()
 
     def path_of(self, unit: SwapUnit) -> Path:
@@ -217,8 +225,20 @@ class SwapStore:
         self.finish_commit()
         self._committing = {unit: slots.current for unit, slots in self._units.slots.items()}
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(_SYNC_THREADS + 1, thread_name_prefix="offload_opt-commit")
-        self._commit = self._executor.submit(self._bring_to_device, manifest, list(writes))
+            workers = self._workers
+            self._executor = ThreadPoolExecutor(
+                _SYNC_THREADS + 1, "offload_opt-commit", initializer=lambda: workers.add(threading.get_ident())
+            )
+        try:
+            self._commit = self._executor.submit(self._bring_to_device, manifest, list(writes))
+        except RuntimeError:  # the interpreter is about to end, and starts no more threads
+            commit: Future[None] = Future()
+            try:
+                self._bring_to_device(manifest, writes)
+                commit.set_result(None)
+            except Exception as error:
+                commit.set_exception(error)
+            self._commit = commit
 
     def finish_commit(self) -> None:
         """Wait for a commit that is under way. Raises OSError where it failed: the commit before it holds then."""
@@ -242,20 +262,13 @@ class SwapStore:
 
     def abandon_commit(self) -> None:
         """Wait for a commit that is under way, whatever comes of it."""
-        if threading.get_ident() == self._committer:
-            return  # garbage collection, on the commit's own thread, closes the store: it would wait for itself
+        if threading.get_ident() in self._workers:
+            return  # garbage collection, on one of the commit's own threads, closes the store: it would wait for itself
         with contextlib.suppress(OSError, StoreError):
             self.finish_commit()
 
     def _bring_to_device(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         """On a thread of its own. Nothing that it looks at is changed before finish_commit()."""
-        self._committer = threading.get_ident()
-        try:
-            self._commit_now(manifest, writes)
-        finally:
-            self._committer = None
-
-    def _commit_now(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         for write in writes:
             write.wait()
         files = [file for file in self._committing.values() if not file.synced]
@@ -271,8 +284,6 @@ class SwapStore:
             if index and self.committed is None:
                 write_part(folder, index, len(self.folders))
         self._units.names_changed = False  # nobody makes files while a commit is under way
-        if not self._release_locks.alive:
-            raise StoreError(f"{self.folders[0]} was closed before its commit was done")  # it may be another's by now
         write_manifest(self.folders[0] / MANIFEST, manifest)
         self.committed = manifest
 
@@ -335,7 +346,7 @@ class SwapStore:
             path = self.folders[record.folder] / "units" / record.file
             file = UnitFile(path, record.checksum, shared=True, synced=True)
             self._units.add(unit, Slots(record.folder, record.data_start, file, committed=file))
-        self._retired = sorted(self._named_by_commit() - self._units.paths())
+        self._retired = sorted(self.named_by_commit() - self._units.paths())
         self._delete_others()
         self._units.provide_spares()
 
@@ -349,32 +360,8 @@ class SwapStore:
             self.forget(list(units))
             raise
 
-    def uncommitted(self) -> list[Path]:
-        """Unit files that were written after the last commit: what a crash left of the steps after it."""
-        committed_at = (self.folders[0] / MANIFEST).stat().st_mtime_ns
-        named = self._named_by_commit()
-        return [
-            file for file in self._units.paths_there() if file not in named and file.stat().st_mtime_ns > committed_at
-        ]
-
-    def discard(self) -> None:
-        """Give up the last commit. The files that it names are deleted when new ones are made."""
-        (self.folders[0] / MANIFEST).unlink(missing_ok=True)
-        sync_folder(self.folders[0])
-        for folder in self.folders[1:]:
-            (folder / PART).unlink(missing_ok=True)
-        self.committed = None
-
-    def close(self) -> None:
-        """Let go of the locks. The files stay. In a forked child: of its copies; the locks are the parent's."""
-        if self._executor is not None and self._owner == os.getpid():  # a child has its locks, but not its threads
-            self._executor.shutdown(wait=False)
-        self._release_locks()
-        _open_stores.discard(self)
-
-    # Helpers.
-
-    def _named_by_commit(self) -> set[Path]:
+    def named_by_commit(self) -> set[Path]:
+        """The unit files of the last commit, which stay as they are until the next one."""
         if self.committed is None:
             return set()
         layouts = [layout for layout in (self.committed.state, self.committed.weights) if layout]
@@ -385,17 +372,55 @@ class SwapStore:
             if unit.folder < len(self.folders)
         }
 
+    def uncommitted(self) -> list[Path]:
+        """Unit files that were written after the last commit: what a crash left of the steps after it."""
+        committed_at = (self.folders[0] / MANIFEST).stat().st_mtime_ns
+        named = self.named_by_commit()
+        return [
+            file for file in self._units.paths_there() if file not in named and file.stat().st_mtime_ns > committed_at
+        ]
+
+    def close(self) -> None:
+        """Let go of the locks. The files stay. In a forked child: of its copies; the locks are the parent's.
+
+        A commit that nobody has waited for goes on, and has the locks until it has ended.
+        """
+        _open_stores.discard(self)
+        if self._owner != os.getpid():  # a child has the locks' files, but not the threads
+            self._release_locks()
+            return
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+        release = self._release_locks
+        if self._commit is None:
+            release()
+        else:
+            self._commit.add_done_callback(lambda _: release())
+
+    # Helpers.
+
     def _delete_others(self) -> None:
         """Delete unit files of earlier runs, which neither this one nor the last commit has a use for."""
-        for file in set(self._units.paths_there()) - self._units.paths() - set(self._retired) - self._named_by_commit():
+        for file in set(self._units.paths_there()) - self._units.paths() - set(self._retired) - self.named_by_commit():
             file.unlink()
 
-    def _check_order(self) -> None:
+    def _discard(self) -> None:
+        (self.folders[0] / MANIFEST).unlink(missing_ok=True)
+        sync_folder(self.folders[0])
+        for folder in self.folders[1:]:
+            (folder / PART).unlink(missing_ok=True)
+
+    def _check_order(self, discard: bool) -> None:
         """Raise ConfigError where the folders are not those of the last commit, in its order."""
         for index, folder in enumerate(self.folders):
             if index and (folder / MANIFEST).exists():
                 raise ConfigError(f"{folder} is the first folder of a store: give the paths in the order of its run")
-            part = read_part(folder)
+            try:
+                part = read_part(folder)
+            except StoreError:
+                if not discard:
+                    raise
+                part = None
             if part and part != (index, len(self.folders)):
                 raise ConfigError(
                     f"{folder} is folder {part[0] + 1} of {part[1]} of a store, and is given as {index + 1} of "

@@ -133,8 +133,10 @@ class SwapManager:
                 taken = self._pool.take()
                 assert taken is not None
                 self._stats.host_memory_bytes = self._pool.nbytes
-                unit.move_to(UnitState.READING)
                 self._finish_ended_writes()
+                if unit in self._writes:  # of a write_out before: two writes to one file would race
+                    self._finish_write(unit)
+                unit.move_to(UnitState.READING)
                 self._arrive(unit, taken)
                 fill(unit, taken.data)
                 self._start_write(unit, taken)

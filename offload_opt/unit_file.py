@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
 from .errors import ConfigError, StoreError
-from .manifest import DTYPES, UnitRecord, checksum_of
+from .manifest import DTYPES, UnitRecord, bytes_of, checksum_of, digest
 from .units import PAGE, StateTensor, SwapUnit, is_row_major
 
 if TYPE_CHECKING:
     from .aio import AioHandle
+
+CHUNK_BYTES = 8 << 20
+"""Of a file that is read from beginning to end: it is not to take more memory than this, however large its unit is."""
 
 
 def check_storable(tensor: StateTensor) -> None:
@@ -44,20 +48,29 @@ def check_files(units: Sequence[UnitRecord], folders: Sequence[Path]) -> None:
 
 
 def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, expected: str | None) -> None:
-    """Read a unit from its file and raise OSError where its bytes are not those that were written."""
-    data = torch.empty(unit.nbytes, dtype=torch.uint8)
-    handle.sync_pread(data, path, data_start)
-    check_unit(unit, data, expected, path)
+    """Read a unit from its file, through a small buffer, and raise OSError where its bytes are not what was written."""
+    if expected is None:
+        return
+    hasher = xxhash.xxh3_128()
+    data = torch.empty(min(unit.nbytes, CHUNK_BYTES), dtype=torch.uint8)
+    for begin in range(0, unit.nbytes, CHUNK_BYTES):
+        part = data[: min(CHUNK_BYTES, unit.nbytes - begin)]
+        handle.sync_pread(part, path, data_start + begin)
+        hasher.update(bytes_of(part))
+    if digest(hasher) != expected:
+        raise _damaged(unit, path)
 
 
 def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:
     """Raise OSError where a unit's bytes, read from ``path``, do not have the checksum that they were written with."""
-    if expected is None or checksum_of(data[: unit.nbytes]) == expected:
-        return
+    if expected is not None and checksum_of(data[: unit.nbytes]) != expected:
+        raise _damaged(unit, path)
+
+
+def _damaged(unit: SwapUnit, path: Path) -> OSError:
     names = ", ".join(piece.tensor_label(tensor) for piece in unit.pieces for tensor in piece.tensors)
-    raise OSError(
-        errno.EIO, f"the bytes are not those that were written (checksum); damaged are among {names}", str(path)
-    )
+    problem = f"the bytes are not those that were written (checksum); damaged are among {names}"
+    return OSError(errno.EIO, problem, str(path))
 
 
 def make_unit_file(path: Path, header: bytes, nbytes: int) -> None:

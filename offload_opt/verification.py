@@ -6,7 +6,6 @@ manifest is read again: unless it is the same, the rank is started anew.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import itertools
 import os
@@ -20,7 +19,7 @@ import xxhash
 from .aio import AioHandle, IoFuture
 from .errors import StoreError
 from .inspection import RankPlace, file_bytes, read_commit, units_of
-from .manifest import Manifest, UnitRecord, decode_mapping, decode_value, digest
+from .manifest import Manifest, UnitRecord, bytes_of, decode_mapping, decode_value, digest
 from .unit_file import check_files, unit_header
 from .units import SwapUnit
 
@@ -220,7 +219,7 @@ class _Verifier:
     def _look_at(self, unit: _Unit, begin: int, buffer: torch.Tensor, transfer: IoFuture | OSError) -> None:
         error = _finish(transfer)
         if error is None:
-            unit.hasher.update((ctypes.c_char * buffer.nbytes).from_address(buffer.data_ptr()))
+            unit.hasher.update(bytes_of(buffer))
         elif not unit.failed:
             unit.failed = True
             unit.damaged(_without_path(error, unit.path))

@@ -15,7 +15,7 @@ from .manifest import DTYPES, Layout, ParameterRecord, tensor_records
 from .pager import Key, flat, name_of, parameters_of
 from .store import SwapStore
 from .swap_manager import SwapManager
-from .unit_file import check_unit
+from .unit_file import CHUNK_BYTES, check_file
 from .units import Chunking, Paging, ParameterPlan, StateTemplate, StateTensor, SwapUnit, is_dense, plan_units
 
 # Weights are copied, not computed with: any cut will do.
@@ -91,8 +91,15 @@ def plan_weights(groups: Sequence[Mapping[str, Any]]) -> list[ParameterPlan]:
     return plans
 
 
-def check_weights(layout: Layout, groups: Sequence[Mapping[str, Any]], where: Path) -> None:
-    """Raise ConfigError unless the layout has just the parameters of ``groups``, in their shapes and dtypes."""
+def check_weights(
+    layout: Layout, folders: Sequence[Path], handle: AioHandle, groups: Sequence[Mapping[str, Any]], where: Path
+) -> None:
+    """Check, before the parameters are touched, what ``read_weights`` is to read.
+
+    Raises:
+        ConfigError: The layout does not have just the parameters of ``groups``, in their shapes and dtypes.
+        OSError: Bytes are damaged. StoreError: the layout is.
+    """
     now = {plan.key: (plan.shape, plan.stride, DTYPES[plan.dtype]) for plan in plan_weights(groups)}
     then: dict[Key, Any] = {record.key: (record.shape, record.stride, record.dtype) for record in layout.parameters}
     names = {record.key: record.name for record in layout.parameters}
@@ -103,25 +110,38 @@ def check_weights(layout: Layout, groups: Sequence[Mapping[str, Any]], where: Pa
                 f"{where} does not hold these weights: (shape, stride, dtype) of {name} are {then.get(key)} there and "
                 f"{now.get(key)} in the optimizer"
             )
+    for unit, record in zip(layout.swap_units(where), layout.units, strict=True):
+        check_file(handle, unit, folders[record.folder] / "units" / record.file, record.data_start, record.checksum)
 
 
 @torch.no_grad()
 def read_weights(
     layout: Layout, folders: Sequence[Path], handle: AioHandle, groups: Sequence[Mapping[str, Any]], where: Path
 ) -> None:
-    """Set the parameters to what a manifest's layout holds. Raises OSError where bytes are damaged."""
+    """Set the parameters to what a manifest's layout holds, through a small buffer."""
     parameters = parameters_of(groups)
-    units = layout.swap_units(where)
-    data = torch.empty(max((unit.nbytes for unit in units), default=0), dtype=torch.uint8)
-    for unit, record in zip(units, layout.units, strict=True):
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    for unit, record in zip(layout.swap_units(where), layout.units, strict=True):
         path = folders[record.folder] / "units" / record.file
-        handle.sync_pread(data[: unit.nbytes], path, record.data_start)
-        check_unit(unit, data, record.checksum, path)
         for piece in unit.pieces:
             parameter = parameters[piece.key].detach()
             for tensor in piece.tensors:
-                target = parameter if piece.is_whole else flat(parameter)[piece.start : piece.stop]
-                target.copy_(tensor.view(data))
+                start = record.data_start + tensor.offset
+                if is_dense(parameter.shape, parameter.stride()):
+                    _read_run(handle, path, start, flat(parameter)[piece.start : piece.stop], buffer)
+                else:  # stored in the order of its dimensions, and never cut
+                    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    handle.sync_pread(whole, path, start)
+                    parameter.copy_(whole)
+
+
+def _read_run(handle: AioHandle, path: Path, start: int, target: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Read the elements of the 1-D ``target``, which may be on a GPU, from byte ``start`` on."""
+    staged = buffer.view(target.dtype)
+    for run in torch.split(target, len(staged)):
+        handle.sync_pread(staged[: len(run)], path, start)
+        run.copy_(staged[: len(run)])
+        start += run.nbytes
 
 
 def weight_bytes(groups: Sequence[Mapping[str, Any]]) -> int:

@@ -42,9 +42,8 @@ with AioHandle(block_size=65536, queue_depth=4, num_threads=2, engine=engine) as
             use(bytearray(10), f"{folder}/never")
         except OSError as error:
             assert (error.errno, error.filename) == (errno.EMFILE, f"{folder}/never"), error
-        else:
-            # Transfers that have ended since have given theirs back.
             refused += 1
+        # Or else transfers that have ended since have given theirs back.
     done = {}
     for number, future in accepted.items():
         try:

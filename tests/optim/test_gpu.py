@@ -47,14 +47,19 @@ def test_bits_equal_the_unwrapped_optimizer(
     for index, state in expected.items():
         for name, value in state.items():
             assert bits_equal(torch.as_tensor(value), torch.as_tensor(actual[index][name])), name
-    # What was saved on the CPU goes back to where the optimizer wants it.
-    b.load_state_dict(b.state_dict())
-    for p, q in zip([*plain, *on_cpu[:1]], [*own, *on_cpu[1:]], strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    a.step()
-    b.step()
-    assert all(bits_equal(p, q) for p, q in zip(plain, own, strict=True))
+    # What was saved on the CPU, or in the store, goes back to where the optimizer wants it.
+    for way in ("load_state_dict", "restore"):
+        if way == "restore":
+            b.snapshot()
+            b.restore()
+        else:
+            b.load_state_dict(b.state_dict())
+        for p, q in zip([*plain, *on_cpu[:1]], [*own, *on_cpu[1:]], strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        assert all(bits_equal(p, q) for p, q in zip(plain, own, strict=True))
     b.close()
 
 

@@ -238,6 +238,7 @@ def sample(extra: Any = None) -> Manifest:
         ),
     ]
     return Manifest(
+        store="0" * 32,
         run="0" * 32,
         epoch=3,
         created="2026-01-02T03:04:05+00:00",

@@ -1,0 +1,371 @@
+"""What was wrong with commits that were interrupted or failed, and with the files that they name."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_opt import ConfigError, OffloadOptimizer, StepFailedError, StoreError, verification
+from offload_opt.folders import free_bytes
+from offload_opt.inspection import find_ranks
+from offload_opt.slots import UnitSlots
+from offload_opt.store import SwapStore
+from tests import scripts
+from tests.optim.support import HOST_MEMORY, SHAPES, Pair, Resumed, adam, assert_same_state, bits_equal
+
+RANK = "rank-00000-of-00001"
+
+
+def check_commit(store: Path) -> None:
+    (report,) = verification.verify(find_ranks([store]), lambda *_: None)
+    assert report.is_whole, report
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException) -> None:
+    """Let the next call fail."""
+    call = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(owner, name, call)
+        raise error
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def eio() -> OSError:
+    return OSError(errno.EIO, os.strerror(errno.EIO), "here")
+
+
+# Interrupts and failures.
+
+
+def test_an_interrupt_after_a_commit_does_not_lose_which_files_it_names(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rest of the bookkeeping was dropped, and the next step wrote into committed files.
+    pair.step()
+    fail_once(monkeypatch, UnitSlots, "commit", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        pair.offloaded.snapshot()
+    for _ in range(2):
+        pair.step()
+        pair.offloaded.synchronize()
+        check_commit(pair.offloaded_folder)
+    pair.check()
+
+
+def test_a_failed_commit_does_not_seem_to_succeed_when_it_is_asked_for_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After an fsync that failed the kernel has no dirty pages any more, and the next one has nothing to complain about.
+    pair.step()
+    fail_once(monkeypatch, os, "fdatasync", eio())
+    with pytest.raises(OSError, match="Input/output"):
+        pair.offloaded.snapshot()
+    for call in (pair.offloaded.snapshot, pair.offloaded.step, pair.offloaded.synchronize):
+        with pytest.raises(StepFailedError):
+            call()
+    assert pair.offloaded.committed_epoch is None
+
+
+def test_a_snapshot_that_cannot_be_encoded_writes_no_weights(store: Path, tmp_path: Path) -> None:
+    # They were on their way already, and those of the next snapshot were written to the same files meanwhile.
+    pair = Resumed(adam, store, SHAPES, durability="snapshot")
+    pair.step()
+    pair.offloaded.synchronize()
+    before = pair.offloaded.stats.bytes_written
+    with pytest.raises(ConfigError, match="extra is a set"):
+        pair.offloaded.snapshot(extra={1})
+    assert pair.offloaded.stats.bytes_written == before
+    pair.offloaded.snapshot(tmp_path / "snap")
+    check_commit(store)
+    pair.reopen()
+    pair.check()
+
+
+def test_a_restore_whose_commit_fails_is_a_failure(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The optimizer seemed usable, with the state of the snapshot and the epochs and commit of before.
+    pair = Resumed(adam, store, SHAPES, durability="snapshot")
+    pair.step()
+    then = pair.offloaded.state_dict()
+    pair.offloaded.snapshot(tmp_path / "snap", extra="snapshot")
+    pair.step()
+    pair.offloaded.snapshot(extra="commit")
+    fail_once(monkeypatch, SwapStore, "start_commit", StoreError("no space"))
+    with pytest.raises(StoreError, match="no space"):
+        pair.offloaded.restore(tmp_path / "snap")
+    with pytest.raises(StepFailedError):
+        pair.offloaded.step()
+    assert pair.offloaded.restore() == "commit"
+    assert pair.offloaded.epoch == 2
+    pair.check()
+    assert pair.offloaded.restore(tmp_path / "snap") == "snapshot"
+    assert_same_state(then, pair.offloaded.state_dict())
+
+
+def test_remains_of_a_snapshot_that_cannot_be_deleted_do_not_keep_a_run_from_going_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = Resumed(adam, store, SHAPES, durability="snapshot")
+    pair.step()
+    pair.offloaded.snapshot(tmp_path / "snap")
+    (tmp_path / "snap" / f".{RANK}.partial").mkdir()
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with caplog.at_level(logging.WARNING, "offload_opt"):
+        pair.reopen()
+    assert "could not be deleted" in caplog.text
+    pair.step()
+    pair.check()
+
+
+def test_a_store_that_is_closed_keeps_its_lock_until_its_commit_has_ended(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second Ctrl-C in close() let go of the lock, while the commit ran on into what might be another's store by now.
+    pair = Pair(adam, store, SHAPES, durability="step")
+    may_go_on = threading.Event()
+    fdatasync = os.fdatasync
+
+    def slow(fd: int) -> None:
+        may_go_on.wait(60)
+        fdatasync(fd)
+
+    def interrupted(_: SwapStore) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", slow)
+        pair.step()
+        patched.setattr(SwapStore, "finish_commit", interrupted)  # each wait for it
+        with pytest.raises(KeyboardInterrupt):
+            pair.offloaded.close()
+        with pytest.raises(StoreError, match="in use by this process"):
+            Pair(adam, store, SHAPES)
+        may_go_on.set()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with Pair(adam, store, SHAPES).offloaded as again:
+                assert again.committed_epoch == 1
+            break
+        except StoreError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    check_commit(store)
+
+
+def test_garbage_collection_on_a_thread_of_a_commit_does_not_wait_for_the_commit(store: Path) -> None:
+    script = """
+        import gc, os, sys, threading, torch, offload_opt
+        fdatasync, left, holder = os.fdatasync, threading.Event(), []
+        def collecting(fd):
+            left.wait()
+            holder.clear()
+            gc.collect()
+            fdatasync(fd)
+        os.fdatasync = collecting
+        p = torch.nn.Parameter(torch.zeros(60_000))
+        holder.append(offload_opt.OffloadOptimizer(
+            torch.optim.Adam([p]), sys.argv[1], host_memory="200KiB", durability="step"))
+        p.grad = torch.ones_like(p)
+        holder[0].step()
+        left.set()
+    """
+    scripts.run_well(script, store, timeout=60)
+    check_commit(store)
+
+
+def test_a_commit_when_the_interpreter_ends(store: Path) -> None:
+    # Threads cannot be started any more then: the commit raised RuntimeError.
+    script = """
+        import atexit, sys, torch, offload_opt
+        p = torch.nn.Parameter(torch.zeros(60_000))
+        optimizer = offload_opt.OffloadOptimizer(torch.optim.Adam([p]), sys.argv[1], host_memory="200KiB")
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        def at_exit():
+            optimizer.snapshot(extra="at exit")
+            print(optimizer.committed_epoch)
+        atexit.register(at_exit)
+    """
+    assert scripts.run_well(script, store).stdout == "1\n"
+    check_commit(store)
+
+
+# Whose files are whose.
+
+
+def test_keep_does_not_take_a_link_for_one_more_snapshot(pair: Pair, tmp_path: Path) -> None:
+    parent = tmp_path / "snaps"
+    for name in ("1", "2"):
+        pair.step()
+        pair.offloaded.snapshot(parent / name, keep=2)
+        if name == "1":
+            (parent / "latest").symlink_to(parent / "1")
+    assert sorted(path.name for path in parent.iterdir()) == ["1", "2", "latest"]
+    assert (parent / "latest" / RANK / "MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize("durability", ["snapshot", "scratch"])
+def test_keep_leaves_alone_what_another_run_made_from_the_same_snapshot(
+    pair: Pair, tmp_path: Path, durability: str
+) -> None:
+    # Both were taken for one run, and each deleted the other's snapshots.
+    parent = tmp_path / "snaps"
+    pair.step()
+    pair.offloaded.snapshot(parent / "origin")
+    branches = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        branch = Pair(adam, tmp_path / name, SHAPES, durability=durability)
+        branch.offloaded.restore(parent / "origin")
+        branches.append(branch)
+    for number in ("1", "2", "3"):
+        for name, branch in zip("ab", branches, strict=True):
+            branch.set_gradients()
+            branch.offloaded.step()
+            branch.offloaded.snapshot(parent / f"{name}{number}", keep=2)
+    assert sorted(path.name for path in parent.iterdir()) == ["a2", "a3", "b2", "b3", "origin"]
+    # A run that goes on in its own store, from a snapshot of its own, is the same run as before.
+    branches[0].offloaded.close()
+    again = Pair(adam, tmp_path / "a", SHAPES, durability=durability)
+    again.offloaded.restore(parent / "a3")
+    again.offloaded.snapshot(parent / "a4", keep=2)
+    assert sorted(path.name for path in parent.iterdir()) == ["a3", "a4", "b2", "b3", "origin"]
+
+
+@pytest.mark.parametrize(("shapes", "without"), [([(13_137,), (13_300,)], [0]), ([(16_387,), (4_683,)], [1])])
+def test_names_of_files_are_not_used_twice_in_several_folders(
+    tmp_path: Path, shapes: list[tuple[int, ...]], without: list[int]
+) -> None:
+    # Units get new numbers after a restore, and their files names that were free in their own folder only: a snapshot,
+    # which has the files of all folders in one, failed.
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    pair = Resumed(adam, folders, shapes, unit_size="16KiB")
+    pair.step(without)
+    pair.step()  # the units of the other parameter come behind those of the weights
+    for number in range(3):
+        pair.reopen()
+        pair.step()
+        pair.offloaded.snapshot(tmp_path / f"snap {number}")
+        pair.check()
+        names = [file.name for folder in folders for file in folder.glob("*/units/*")]
+        assert len(set(names)) == len(names)
+
+
+def test_names_that_are_on_other_places_are_refused(store: Path) -> None:
+    # Parameters of one shape got each other's state.
+    def make(*names: str) -> OffloadOptimizer:
+        named = [(name, torch.nn.Parameter(torch.ones(500))) for name in names]
+        for number, (_, parameter) in enumerate(named):
+            parameter.grad = torch.full_like(parameter, float(number))
+        return OffloadOptimizer(adam(named), store, host_memory=HOST_MEMORY)
+
+    with make("first", "second") as optimizer:
+        optimizer.step()
+        optimizer.snapshot()
+    with make("second", "first") as optimizer:
+        with pytest.raises(ConfigError, match="the order that they had"):
+            optimizer.restore()
+        assert len(optimizer.state) == 0
+    with make("module.first", "module.second") as optimizer:  # renamed: the places say which is which
+        optimizer.restore()
+        assert bits_equal(optimizer.state_dict()["state"][0]["exp_avg"], torch.zeros(500))
+
+
+# Space and memory.
+
+
+def test_files_that_stay_are_not_counted_as_free(small_disk: Path) -> None:
+    # There seemed to be room for state that then did not fit, when the old one was gone already.
+    pair = Pair(adam, small_disk, [(30_000,)], host_memory="300KiB")  # twice 240 KiB
+    pair.step()
+    saved = pair.offloaded.state_dict()
+    then = {name: value.clone() for name, value in saved["state"][0].items()}
+    taken = {"state": {0: then}, "param_groups": saved["param_groups"]}
+    del saved
+    pair.offloaded.snapshot()
+    (small_disk / "filler").write_bytes(bytes(400 << 10))
+    with pytest.raises(ConfigError, match=r"the last commit keeps 2\d\d\.\d KiB until the next one"):
+        pair.offloaded.load_state_dict(taken)
+    (small_disk / "filler").unlink()  # a state_dict() needs some room
+    pair.check()  # nothing has been touched
+    pair.step()
+    pair.check()
+
+    pair.offloaded.snapshot(small_disk / "snap")
+    pair.offloaded.close()
+    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - (40 << 10)))
+    with pytest.raises(ConfigError, match="too small for the optimizer state"):  # what a snapshot has is not free
+        Pair(adam, small_disk, [(38_000,)], host_memory="300KiB", discard=True)
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "PART.json"])
+def test_a_damaged_store_can_be_discarded(tmp_path: Path, name: str) -> None:
+    # The damage was refused before discard=True was looked at.
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    pair = Resumed(adam, folders, SHAPES)
+    pair.step()
+    pair.offloaded.close()
+    (damaged,) = tmp_path.glob(f"*/*/{name}")
+    damaged.write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        pair.reopen()
+    pair.reopen(restore=False, discard=True)
+    pair.set_gradients()
+    pair.offloaded.step()
+    pair.offloaded.synchronize()
+    assert pair.offloaded.committed_epoch == 1
+    pair.reopen()
+
+
+def test_a_store_with_larger_units_is_restored_within_host_memory(store: Path) -> None:
+    # Checking and reading took two buffers of the size that the units had where they were written.
+    script = """
+        import re, sys, threading, time, torch, offload_opt
+        from pathlib import Path
+        def anonymous():
+            return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+        p = torch.nn.Parameter(torch.zeros(24 << 20))  # 96 MiB
+        def make(**fields):
+            fields = {"persist_params": True, "checksum": "read", **fields}
+            return offload_opt.OffloadOptimizer(torch.optim.SGD([p], lr=0.1, momentum=0.9), sys.argv[1], **fields)
+        with make(host_memory="384MiB", unit_size="128MiB") as optimizer:
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.snapshot()
+        p.grad = None
+        peak, ended = 0, threading.Event()
+        def watch():
+            global peak
+            while not ended.wait(0.0005):
+                peak = max(peak, anonymous())
+        before = anonymous()
+        with make(host_memory="12MiB") as optimizer:
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            optimizer.restore()
+            ended.set()
+            watcher.join()
+        print(peak - before)
+    """
+    assert int(scripts.run_well(script, store).stdout) < 12 + 32 << 20
