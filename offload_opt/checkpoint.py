@@ -340,7 +340,9 @@ class Checkpointer:
         self._pager.replace_all(found.groups, states)
 
     def _manifest(self, groups: Groups, extra: Any) -> Manifest:
-        """What there is to commit, the weights written; whatever cannot be stored is refused before they are."""
+        """What there is to commit, all of it on its way; what cannot be stored is refused before the weights are."""
+        encoded_groups, encoded_extra = _encode_groups(groups), encode_value({} if extra is None else extra, "extra")
+        self._manager.flush()
         keys = self._pager.stored_keys()
         records = []
         for key in keys:
@@ -360,7 +362,6 @@ class Checkpointer:
             )
         numbers = {key: number for number, key in enumerate(keys)}
         state = Layout(parameters=records, units=self._store.records(self._pager.units(), numbers))
-        encoded_groups, encoded_extra = _encode_groups(groups), encode_value({} if extra is None else extra, "extra")
         weights = None
         if self._config.persist_params:
             self._weights.write(groups)

@@ -38,7 +38,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     >>> optimizer = OffloadOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), "/mnt/nvme/run1")
 
     A step reads each unit of state into a page-locked buffer, lets ``optimizer`` update the parameters that it belongs
-    to, and writes it back, with several units under way at a time. Parameters and ``state_dict()`` are bit for bit
+    to, and writes it back, with several units under way at a time; as many as ``host_memory`` has room for stay there. Parameters and ``state_dict()`` are bit for bit
     those of ``optimizer`` by itself. Schedulers, hooks, closures, ``add_param_group`` and GradScaler work as on any
     optimizer.
 
@@ -150,7 +150,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. Returns what ``closure`` returned.
 
-        When it returns, the parameters are updated, and the last units are still being written.
+        When it returns, the parameters are updated, and some units may still be being written.
 
         Raises:
             OSError: A transfer failed, also one of an earlier step. After it, StepFailedError until load_state_dict().
@@ -305,7 +305,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         export_state(check_directory(file), self._pager, self._manager, self._inner.name, self.param_groups)
 
     def synchronize(self) -> None:
-        """Wait until the state of the last step is written, and committed where every step is.
+        """Wait for all that is under way: writes, and the commit where every step has one.
 
         Raises OSError where a transfer failed.
         """

@@ -86,7 +86,7 @@ class ParameterPager:
         try:
             self._update_unpaged([key for key in active if not self.entries[key].pieces], {key[0] for key in active})
             units = {unit: None for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
-            self._manager.walk(sorted(units, key=lambda unit: unit.index), self._update)
+            self._manager.walk(units, self._update)
         except BaseException as error:
             self._manager.fail(error)  # some parameters are updated, and others are not
             raise
@@ -150,7 +150,7 @@ class ParameterPager:
                     tensor.view(data).copy_(source)
                 piece.resident = resident_from(plan.template, state)
 
-        self._manager.walk(units, fill, cyclic=False)
+        self._manager.walk(units, fill)
         for key, state in keyed.items():
             if not self.entries[key].pieces:
                 self.entries[key].resident = resident_from(self.entries[key].plan.template, state)
@@ -234,7 +234,6 @@ class ParameterPager:
     def mapped(self) -> dict[Key, dict[str, Any]]:
         """All state, by parameter and name. Paged tensors are mapped from a file of their own; see ``map_state``."""
         keys = list(self.keys_with_state())
-        self._manager.synchronize()
         wholes = {key: tensors for key, tensors in self.whole_tensors().items() if key not in self._brought}
         flat_list = [whole for tensors in wholes.values() for whole in tensors]
         mapped = iter(self._manager.map_state(flat_list))

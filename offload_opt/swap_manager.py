@@ -1,13 +1,16 @@
 """SwapManager: pages units through a ring of buffers around their update. The one place where overlap lives.
 
-Units are visited in order, step after step, so the order is a cycle. Each buffer of the ring holds the unit that it
-will be visited with next, from the moment the buffer was free: when a unit's write is started, the read of the unit
-that follows the last one in the ring is queued behind that write, into the same buffer. The native handle runs the
-chain, so reads go on through the end of a step, and through the forward and backward that follow, with no thread of
-Python's.
+Each buffer of the ring holds the unit that it will be visited with next, from the moment the buffer was free: when a
+unit's write is started, the read of the unit that follows the last one in the ring is queued behind that write, into
+the same buffer. The native handle runs the chain, with no thread of Python's.
 
               visit
     ring:   [ unit 4 | unit 5 | unit 6 ] <- read of unit 7, queued behind the write of unit 3 in the same buffer
+
+The order alternates: one walk visits the units upwards, the next one downwards. The last units of a walk, as many as
+there are buffers, are not written but kept, and are the first of the next walk. So of n units and d buffers a walk
+reads and writes n - d, and none where all fit. (In one direction only, d reads and d writes would be hidden behind the
+forward and backward in between, which leaves as many for the step itself, and moves more bytes: 2 n a step.)
 """
 
 from __future__ import annotations
@@ -98,37 +101,51 @@ class SwapManager:
         self._fit(units)
         self._take_on(units)
 
-    def walk(self, order: Sequence[SwapUnit], visit: Visit, *, cyclic: bool = True) -> None:
-        """Bring each unit of ``order`` into memory, ``visit`` it, and write it back.
+    def walk(self, units: Iterable[SwapUnit], visit: Visit) -> None:
+        """Bring each unit into memory and ``visit`` it, by their numbers up or down; write back those that do not fit.
 
-        With ``cyclic``, the first units of ``order`` are read again for the next walk when the last ones are written.
         Returns when all have been visited; transfers go on. Raises what a transfer or ``visit`` raised.
         """
         self.check()
+        order = sorted(units, key=lambda unit: unit.index)
+        if not order:
+            return
+        if self._ring_matches(order[::-1]):
+            order.reverse()
         try:
-            self._walk(order, visit, cyclic)
+            self._walk(order, visit)
         except BaseException as error:
             self.fail(error)
             raise
 
+    def flush(self) -> None:
+        """Start to write what is in memory only. It stays there, too."""
+        self.check()
+        for unit, buffer in self._ring:
+            if unit.is_dirty:
+                self._write(unit, buffer)
+
     def read_tensor(self, unit: SwapUnit, tensor: StateTensor, into: torch.Tensor) -> None:
         """Read one state tensor of a unit as it is after the last walk into the contiguous CPU tensor ``into``."""
+        self.check()
+        for kept, buffer in self._ring:
+            if kept is unit and unit.state is UnitState.RESIDENT:
+                into.copy_(buffer.data[tensor.offset : tensor.offset + tensor.nbytes].view(tensor.dtype).view_as(into))
+                return
         self.synchronize()
         self._store.check_stored([unit])
         self._store.read_into(unit, tensor, into)
         self._stats.bytes_read += tensor.nbytes
 
     def write_out(self, units: Sequence[SwapUnit], fill: Visit) -> None:
-        """Write units whose bytes ``fill`` makes anew, by a few buffers that are read ahead into less meanwhile.
+        """Write units whose bytes ``fill`` makes anew, by a few buffers that the ring is to spare meanwhile.
 
         Returns when all are filled; transfers go on. Raises what a transfer or ``fill`` raised.
         """
         self.check()
-        while self._pool.free < min(_WRITE_BUFFERS, self._pool.capacity) and self._ring:
-            read_ahead, buffer = self._ring.pop()
-            read_ahead.move_to(UnitState.ON_DISK)
-            self._pool.give_back(buffer)
         try:
+            while units and self._ring and self._pool.free < min(_WRITE_BUFFERS, self._pool.capacity):
+                self._evict_last()
             for unit in units:
                 taken = self._pool.take()
                 assert taken is not None
@@ -139,7 +156,8 @@ class SwapManager:
                 unit.move_to(UnitState.READING)
                 self._arrive(unit, taken)
                 fill(unit, taken.data)
-                self._start_write(unit, taken)
+                unit.move_to(UnitState.WRITING)
+                self._write(unit, taken)
                 self._pool.give_back(taken)
         except BaseException as error:
             self.fail(error)
@@ -151,6 +169,7 @@ class SwapManager:
 
     def map_state(self, tensors: Sequence[WholeTensor]) -> list[torch.Tensor]:
         """Copies of state as it is after the last walk, mapped from a file in the store; see ``state_file``."""
+        self.flush()
         self.synchronize()
         self._store.check_stored(unit for tensor in tensors for unit, _ in tensor.pieces)
         return map_state(tensors, self._store.place, max(self._store.folders, key=free_bytes))
@@ -159,12 +178,13 @@ class SwapManager:
         self, path: Path, tensors: Sequence[WholeTensor], small: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     ) -> None:
         """Write state as it is after the last walk to one safetensors file; see ``state_file``."""
+        self.flush()
         self.synchronize()
         self._store.check_stored(unit for tensor in tensors for unit, _ in tensor.pieces)
         export(path, tensors, self._store.place, small, metadata)
 
     def synchronize(self) -> None:
-        """Wait until every unit that was visited is on disk. Raises the first error of a transfer."""
+        """Wait for every write and commit that was started. Raises the first error of a transfer."""
         self.check()
         try:
             while self._writes:
@@ -179,7 +199,7 @@ class SwapManager:
         self._failure = self._failure or error
 
     def forget(self, units: Sequence[SwapUnit]) -> None:
-        """Drop some units, none of which is read ahead, and their files."""
+        """Drop some units, none of which is in the ring, and their files."""
         self.synchronize()
         self._store.forget(units)
         gone = set(units)
@@ -215,8 +235,9 @@ class SwapManager:
         self.check()
         largest = max((unit.nbytes for unit in units), default=0)
         if largest > self._pool.buffer_size:
+            while self._ring:
+                self._evict_last()
             self.synchronize()
-            self._empty_ring()
             self._handle.wait()
             self._pool.fit(largest)
             self._stats.host_memory_bytes = self._pool.nbytes
@@ -227,28 +248,31 @@ class SwapManager:
 
     # A walk.
 
-    def _walk(self, order: Sequence[SwapUnit], visit: Visit, cyclic: bool) -> None:
-        if [unit for unit, _ in self._ring] != list(order[: len(self._ring)]):
-            self._empty_ring()  # read ahead for another order: rare, when other parameters get gradients
-        upcoming = iter(order[len(self._ring) :])
-        self._read_ahead(upcoming)
+    def _ring_matches(self, order: Sequence[SwapUnit]) -> bool:
+        return [unit for unit, _ in self._ring] == list(order[: len(self._ring)])
+
+    def _walk(self, order: Sequence[SwapUnit], visit: Visit) -> None:
+        if not self._ring_matches(order):  # kept for another order: rare, when other parameters get gradients
+            while self._ring:
+                self._evict_last()
+        self._read_ahead(order[len(self._ring) :])
         depth = len(self._ring)
         for position, unit in enumerate(order):
             _, buffer = self._ring.popleft()
-            self._arrive(unit, buffer)
-            if not unit.is_blank:
+            if self._arrive(unit, buffer):
                 self._store.check_read(unit, buffer.data)
             started = time.perf_counter()
             visit(unit, buffer.data)
             self._stats.update_seconds += time.perf_counter() - started
-            self._start_write(unit, buffer)
-            following = order[(position + depth) % len(order)]
-            if cyclic or position + depth < len(order):
-                # A unit that follows itself, because every unit has a buffer, is where it should be.
-                self._start_read(following, buffer, is_there=following is unit)
+            unit.is_dirty, unit.is_blank = True, False
+            if position + depth < len(order):
+                unit.move_to(UnitState.WRITING)
+                self._write(unit, buffer)
+                self._start_read(order[position + depth], buffer)
             else:
-                self._pool.give_back(buffer)
+                self._ring.append((unit, buffer))
             self._finish_ended_writes()
+        self._ring.reverse()
 
     def _read_ahead(self, upcoming: Iterable[SwapUnit]) -> None:
         """Fill free buffers with the units that come next."""
@@ -259,17 +283,17 @@ class SwapManager:
             self._stats.host_memory_bytes = self._pool.nbytes
             self._start_read(unit, buffer)
 
-    def _start_read(self, unit: SwapUnit, buffer: PinnedBuffer, *, is_there: bool = False) -> None:
+    def _start_read(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
         # Behind the write of what the buffer held, and behind the unit's own last write: both may be under way.
         after = [future for future in (buffer.last_use, self._writes.get(unit)) if future is not None]
         unit.move_to(UnitState.READING)
-        if not (is_there or unit.is_blank):  # a blank unit has no bytes yet
+        if not unit.is_blank:  # a blank unit has no bytes yet
             buffer.last_use = self._store.read(unit, buffer.data, after)
             self._stats.bytes_read += unit.nbytes
         self._ring.append((unit, buffer))
 
-    def _arrive(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
-        """READING to RESIDENT: wait until the buffer is the unit's alone, with the unit's bytes in it."""
+    def _arrive(self, unit: SwapUnit, buffer: PinnedBuffer) -> bool:
+        """Wait until the unit is RESIDENT, and its buffer free of transfers. Returns whether it has been read."""
         try:
             if buffer.last_use is not None:
                 self._wait(buffer.last_use)
@@ -277,13 +301,19 @@ class SwapManager:
             self._finish_ended_writes()  # a read that was called off names the error of the write before it: raise that
             raise
         buffer.last_use = None
-        self._writes.pop(unit, None)  # ended: the read came behind it
+        self._writes.pop(unit, None)  # ended: the read came behind it, or it is what the buffer was used for
+        if unit.state is UnitState.RESIDENT:
+            return False
         unit.move_to(UnitState.RESIDENT)
+        return not unit.is_blank
 
-    def _start_write(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
-        unit.move_to(UnitState.WRITING)
-        unit.is_blank = False
-        buffer.last_use = self._writes[unit] = self._store.write(unit, buffer.data)
+    def _write(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
+        try:
+            buffer.last_use = self._writes[unit] = self._store.write(unit, buffer.data)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        unit.is_dirty, unit.is_blank = False, False
         self._stats.bytes_written += unit.nbytes
 
     def _finish_write(self, unit: SwapUnit) -> None:
@@ -306,12 +336,16 @@ class SwapManager:
         finally:
             self._stats.io_wait_seconds += time.perf_counter() - started
 
-    def _empty_ring(self) -> None:
-        """Give back the buffers of units that were read ahead. Their reads may still be running."""
-        while self._ring:
-            unit, buffer = self._ring.popleft()
+    def _evict_last(self) -> None:
+        """Give back the buffer of the unit that will be visited last. A transfer from or to it may still be running."""
+        unit, buffer = self._ring[-1]
+        if unit.is_dirty:
+            unit.move_to(UnitState.WRITING)
+            self._write(unit, buffer)
+        else:
             unit.move_to(UnitState.ON_DISK)
-            self._pool.give_back(buffer)
+        self._ring.pop()
+        self._pool.give_back(buffer)
 
     def _abandon(self) -> None:
         """Wait for all transfers, whatever comes of them, and take every buffer back."""
@@ -326,7 +360,7 @@ class SwapManager:
         self._writes.clear()
         self._release()
         for unit in self.units:
-            unit.state = UnitState.ON_DISK
+            unit.state, unit.is_dirty = UnitState.ON_DISK, False
 
     def _release(self) -> None:
         self._pool.release()

@@ -44,14 +44,14 @@ class UnitState(enum.Enum):
 
     ON_DISK = "on disk"
     READING = "being read"
-    RESIDENT = "in a buffer, to be updated"
+    RESIDENT = "in a buffer, to be updated, or kept there for the next step"
     WRITING = "being written"
 
 
 TRANSITIONS = {
     UnitState.ON_DISK: {UnitState.READING},
     UnitState.READING: {UnitState.RESIDENT, UnitState.ON_DISK},  # back: read ahead, and then not needed
-    UnitState.RESIDENT: {UnitState.WRITING},
+    UnitState.RESIDENT: {UnitState.WRITING, UnitState.ON_DISK},  # at once: its file has its bytes
     UnitState.WRITING: {UnitState.ON_DISK, UnitState.READING},  # the read is queued behind the write
 }
 
@@ -162,11 +162,12 @@ class SwapUnit:
     nbytes: int
     device: torch.device
     state: UnitState = UnitState.ON_DISK
-    is_blank: bool = True  # nothing has been written yet, so there is nothing to read
+    is_blank: bool = True  # it has no bytes yet, so there is nothing to read
+    is_dirty: bool = False  # RESIDENT with bytes that its file does not have
 
     def move_to(self, state: UnitState) -> None:
-        """Change the state; a step that TRANSITIONS does not have is a bug, and raises."""
-        if state not in TRANSITIONS[self.state]:
+        """Change the state; a step that TRANSITIONS does not have is a bug, and raises. So is one that drops bytes."""
+        if state not in TRANSITIONS[self.state] or (self.is_dirty and state is UnitState.ON_DISK):
             raise AssertionError(f"unit {self.index} cannot go from {self.state.value} to {state.value}")
         self.state = state
 

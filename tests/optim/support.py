@@ -59,7 +59,7 @@ class Resumed(Pair):
     def __init__(
         self, make: Callable[[Any], torch.optim.Optimizer], store: Path | Sequence[Path], *args: Any, **fields: Any
     ) -> None:
-        fields = {"durability": "step", "persist_params": True, **fields}
+        fields = {"durability": "step", "persist_params": True, "host_memory": HOST_MEMORY, **fields}
         super().__init__(make, store, *args, **fields)
         self.make, self.fields = make, fields
 

@@ -206,7 +206,7 @@ def test_parameters_of_one_name_give_valid_files(store: Path) -> None:
     with OffloadOptimizer(adam(groups), store) as optimizer:
         sum(layer(torch.ones(1, 30)).sum() for layer in layers).backward()
         optimizer.step()
-        optimizer.synchronize()
+        optimizer.snapshot()
         (file,) = store.glob("*/units/*.0.safetensors")
         tensors = {name: t for name, t in load_file(file).items() if not name.startswith("__padding__")}
         assert len(tensors) == 8
