@@ -38,9 +38,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
     >>> optimizer = OffloadOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), "/mnt/nvme/run1")
 
     A step reads each unit of state into a page-locked buffer, lets ``optimizer`` update the parameters that it belongs
-    to, and writes it back, with several units under way at a time; as many as ``host_memory`` has room for stay there. Parameters and ``state_dict()`` are bit for bit
-    those of ``optimizer`` by itself. Schedulers, hooks, closures, ``add_param_group`` and GradScaler work as on any
-    optimizer.
+    to, and writes it back, with several units under way at a time. As many units as ``host_memory`` has room for stay
+    in memory. Parameters and ``state_dict()`` are bit for bit those of ``optimizer`` by itself. Schedulers, hooks,
+    closures, ``add_param_group`` and GradScaler work as on any optimizer.
 
     State is made room for when a parameter first has a gradient; a parameter that never has one takes no space.
     ``snapshot()`` commits the state, and ``restore()`` takes it up again, also after a crash; see ``durability`` and
