@@ -1,5 +1,4 @@
-// Compiled with -O3, so that GCC and Clang vectorise these loops, and -ffp-contract=off, so that no addition is fused
-// with anything: each loop is written without branches and without calls.
+// Compiled so that these loops become vector instructions (CMakeLists.txt): each is written without branches and calls.
 #include "codec.h"
 
 #include <algorithm>

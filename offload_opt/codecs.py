@@ -1,10 +1,10 @@
 """Optimizer state as fewer bytes: fp32 values <-> what is stored for them. Pure: nothing here knows units or files.
 
-A codec works on a *run*: contiguous elements of one parameter's state, of which ``first`` is the number of the first one
+A codec works on a *run*: contiguous elements of one parameter's state; ``first`` is the number that the first one has
 in its parameter. What does not fit into the stored bits is rounded up or down at random, so that the mean of what is
 stored is the value: an average that moves by less than a step of the stored numbers still moves, on average. The random
-numbers are counter-based. They depend on ``key`` and on an element's number alone, so the same step gives the same bytes
-however the state is cut, and again after a crash.
+numbers are counter-based: they depend on ``key`` and on an element's number alone. So the same step gives the same
+bytes however the state is cut, and again after a crash.
 
 Tensors on the CPU go through the native loops (csrc/codec.cpp), those on other devices through the ``reference_``
 functions, which do the same in tensor operations, bit for bit.
@@ -41,7 +41,7 @@ NON_NEGATIVE = frozenset(
         "variance",
     }
 )
-"""torch's names of state that is never below zero, and that is divided by, or multiplied: none of it may become zero."""
+"""torch's names of state that is never below zero. It is divided by, or multiplied, so none of it may become zero."""
 
 _LOW32 = 0xFFFFFFFF
 _MAGNITUDE = 0x7FFFFFFF
@@ -114,8 +114,8 @@ class Int8:
     is below 2^-126 is rounded to that or, signed, to zero.
 
     A block with an inf or NaN comes back as NaN everywhere, so that trouble is not hidden. ``encode`` with
-    ``is_signed=False`` raises ValueError for a value below zero (-0.0 and NaN are not); what is stored is not to be used
-    then.
+    ``is_signed=False`` raises ValueError for a value below zero (-0.0 and NaN are not), which it finds on the way: what
+    is stored is of no use then.
     """
 
     is_signed: bool
@@ -169,11 +169,11 @@ def rounding_key(step: int, parameter: int, state_name: str) -> int:
 def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
     """An fp32 master into a bf16 ``weight`` and the 16 bits of ``remainder`` (int16) that the weight lacks.
 
-    ``weight`` is rounded to nearest even, as ``master.to(torch.bfloat16)`` rounds; NaN becomes 0x7FC0. ``remainder`` has
-    the master's low bits. Where they are above one half, the weight was rounded up; at one half exactly, it was rounded to
-    even, and does not tell which way. So the result has the positions of those that were rounded down: *ties*, an int32
-    tensor, in ascending order. One value in 2^17 is a tie in the mean. Storing an fp32 as a rounded bf16 and the rest is
-    in "Revisiting BFloat16 Training" (Zamirai et al., arXiv:2010.06192), there with a Kahan sum for the rest.
+    ``weight`` is rounded to nearest even, as ``master.to(torch.bfloat16)`` rounds; NaN becomes 0x7FC0. ``remainder``
+    has the master's low bits. Where they are above one half, the weight was rounded up; at one half exactly, it was
+    rounded to even, and does not tell which way. So the result has the positions of those that were rounded down: *ties*,
+    an int32 tensor, in ascending order; in the mean, one value in 2^17. (apex's DistributedFusedAdam keeps
+    remainders, too: store_param_remainders.)
 
     Tensors are 1-D, contiguous, of one length below 2^31, on one device. Raises TypeError or ValueError; nothing is
     touched then.
@@ -195,7 +195,7 @@ def join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tenso
     """The master that ``split_master`` split, into ``out``: bit for bit, but for a NaN, which may be another NaN."""
     _check_master(out, weight, remainder)
     _check("ties", ties, torch.int32, out.device)
-    if ties.numel() and not (0 <= int(ties.min()) and int(ties.max()) < out.numel()):
+    if ties.numel() and (int(ties.min()) < 0 or int(ties.max()) >= out.numel()):
         raise ValueError(f"ties has positions outside of 0 to {out.numel() - 1}")
     if out.device.type != "cpu":
         reference_join_master(weight, remainder, ties, out)
@@ -339,7 +339,7 @@ def reference_encode_int8(
         if not is_signed:
             negative = (bits > _MAGNITUDE + 1) & (bits <= _MAGNITUDE + 1 + _INF)
             if negative.any():
-                return chunk.start + int(negative.to(torch.uint8).argmax())
+                return int(chunk.start) + int(negative.to(torch.uint8).argmax())
         random = _random_bits(key, first + chunk.start, len(bits), bits.device)
         chunk_codes, chunk_exponents = _encode_blocks(_Minifloat(is_signed), _blocks(bits), _blocks(random))
         codes[chunk].copy_(chunk_codes.flatten()[: len(bits)])
@@ -366,19 +366,22 @@ def _encode_blocks(form: _Minifloat, bits: torch.Tensor, random: torch.Tensor) -
 
 def reference_decode_int8(is_signed: bool, codes: torch.Tensor, exponents: torch.Tensor, out: torch.Tensor) -> None:
     """``Int8.decode``, of checked tensors on any device."""
-    form = _Minifloat(is_signed)
     for chunk in _chunks(out.numel()):
         code = _blocks(codes[chunk].to(torch.int64))
         exponent = exponents[chunk.start // BLOCK :][: len(code)].to(torch.int64)
-        bases = form.bases(exponent)
-        magnitude = code & form.top
-        place = bases + (magnitude << form.shift)
-        even = _bits(_floats(place) - _floats(bases))
-        bits = torch.where(magnitude < 1 << form.mantissa, even, place - (1 << 23))
-        if is_signed:
-            bits |= (code & 0x80) << 24
-        bits = torch.where(exponent[:, None] == NOT_FINITE, _NAN, bits)
-        out[chunk].copy_(_floats(bits).flatten()[: chunk.stop - chunk.start])
+        out[chunk].copy_(_decode_blocks(_Minifloat(is_signed), code, exponent).flatten()[: chunk.stop - chunk.start])
+
+
+def _decode_blocks(form: _Minifloat, codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """fp32 (blocks, BLOCK), of codes of that shape and exponents (blocks,), all int64."""
+    bases = form.bases(exponents)
+    magnitude = codes & form.top
+    place = bases + (magnitude << form.shift)
+    even = _bits(_floats(place) - _floats(bases))
+    bits = torch.where(magnitude < 1 << form.mantissa, even, place - (1 << 23))
+    if form.is_signed:
+        bits |= (codes & 0x80) << 24
+    return _floats(torch.where(exponents[:, None] == NOT_FINITE, _NAN, bits))
 
 
 def reference_split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
@@ -394,9 +397,7 @@ def reference_split_master(master: torch.Tensor, weight: torch.Tensor, remainder
     return torch.cat([master.new_empty(0, dtype=torch.int32), *(found.to(torch.int32) for found in ties)])
 
 
-def reference_join_master(
-    weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor
-) -> None:
+def reference_join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor) -> None:
     """``join_master``, of checked tensors on any device."""
     for chunk in _chunks(out.numel()):
         low = remainder[chunk].to(torch.int64) & 0xFFFF
