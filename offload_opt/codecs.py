@@ -172,8 +172,8 @@ def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Te
     ``weight`` is rounded to nearest even, as ``master.to(torch.bfloat16)`` rounds. A NaN becomes 0x7FC0; torch's vector
     code gives 0xFFFF, which joins as well. ``remainder`` has the master's low bits. Where they are above one half, the
     weight was rounded up; at one half exactly, it was rounded to even, and does not tell which way. So the result has
-    the positions of those that were rounded down: *ties*, an int32 tensor, in ascending order; in the mean, one value in
-    2^17. (apex's DistributedFusedAdam keeps remainders, too: store_param_remainders.)
+    the positions of those that were rounded down: *ties*, an int32 tensor, in ascending order; in the mean, one value
+    in 2^17. (apex's DistributedFusedAdam keeps remainders, too: store_param_remainders.)
 
     Tensors are 1-D, contiguous, of one length below 2^31, on one device. Raises TypeError or ValueError; nothing is
     touched then.
