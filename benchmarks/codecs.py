@@ -99,9 +99,9 @@ def measure_speed(sizes: list[int], rounds: int) -> dict[str, dict[str, list[flo
 def show_speed(console: Console, speeds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     medians = {size: {name: statistics.median(values) for name, values in by.items()} for size, by in speeds.items()}
     table = Table(title="GB/s of fp32, one thread")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for size in medians:
-        table.add_column(f"{int(size) / 2**20:g} Mi elements", justify="right")
+        table.add_column(f"{int(size) / 2**20:.3g} Mi elements", justify="right")
         table.add_column("x copy", justify="right")
     for name in next(iter(medians.values())):
         cells = [(f"{by[name] / 1e9:.1f}", f"{by[name] / by['copy']:.2f}") for by in medians.values()]
@@ -201,11 +201,16 @@ def error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def losses(moments: Moments, exact: Moments, step: int) -> dict[str, float]:
-    """Relative errors, and the share of nonzero values that are zero now."""
+    """Relative errors, the share of nonzero values that are zero now, and that of v that is off by a factor of two.
+
+    A small v in a block of large ones hardly shows in the error of all, yet its own update is as far off as it is.
+    """
     found = {"update": error(update(moments, step), update(exact, step))}
     for state, value, right in zip(STATES, moments, exact, strict=True):
         found[state] = error(value, right)
         found[f"{state}_zeros"] = float((value[right != 0] == 0).double().mean())
+    v, exact_v = moments[1], exact[1]
+    found["exp_avg_sq_off"] = float(((v > 2 * exact_v) | (2 * v < exact_v)).double().mean())
     return found
 
 
@@ -257,12 +262,12 @@ def measure_loss(steps: int, width: int) -> dict[str, Any]:
 def show_loss(console: Console, lost: dict[str, Any], steps: int) -> None:
     for when, title in (("once", "stored once"), ("each_step", f"stored in each of {steps} steps")):
         table = Table(title=f"What is lost, {title}: relative RMS error, share that became zero")
-        for column in ("", "bytes", "m", "m zero", "v", "v zero", "update"):
-            table.add_column(column, justify="right" if column else "left")
+        for column in ("", "bytes", "m", "m zero", "v", "v zero", "v off 2x", "update"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for name, row in lost.items():
             found = row[when]
-            cells = [f"{found[state + suffix]:.3%}" for state in STATES for suffix in ("", "_zeros")]
-            table.add_row(name, f"{row['bytes_per_element']:.2f}", *cells, f"{found['update']:.2%}")
+            columns = [state + suffix for state in STATES for suffix in ("", "_zeros")] + ["exp_avg_sq_off", "update"]
+            table.add_row(name, f"{row['bytes_per_element']:.2f}", *(f"{found[column]:.2%}" for column in columns))
         console.print(table)
 
 

@@ -50,6 +50,6 @@ def test_codecs_are_measured_for_speed_and_loss() -> None:
         row = re.search(rf"│ {name} *│ +([0-9.]+)", done.stdout)
         assert row, done.stdout
         assert float(row[1]) > 0
-    rows = re.findall(r"│ int8 +│ 1\.01 │ +([0-9.]+)% │.* ([0-9.]+)% │\n", done.stdout)
+    rows = re.findall(r"│ int8 +│ +1\.01 │ +([0-9.]+)% │.* ([0-9.]+)% │\n", done.stdout)
     assert len(rows) == 2, done.stdout  # stored once, and in each step
     assert all(0 < float(share) < 20 for row in rows for share in row)
