@@ -46,9 +46,9 @@ RoundTrip = Callable[[torch.Tensor, str, int], torch.Tensor]
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 18, 1 << 26], help="elements")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="0: no measurement of speed")
     parser.add_argument("--steps", type=int, default=300, help="of training; 0: no measurement of what is lost")
-    parser.add_argument("--width", type=int, default=256, help="of the GPT")
+    parser.add_argument("--layers", type=int, default=1, help="of the GPT, which is 256 wide")
     parser.add_argument("--no-save", action="store_true")
     return parser.parse_args()
 
@@ -228,9 +228,9 @@ def averaged(moments: Moments, gradient: torch.Tensor) -> Moments:
     return m.lerp(gradient, 1 - BETAS[0]), (v * BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
 
 
-def measure_loss(steps: int, width: int) -> dict[str, Any]:
+def measure_loss(steps: int, layers: int) -> dict[str, Any]:
     """What each codec loses at once, and in ``steps`` steps of training."""
-    model = GPT(layers=3, width=width, heads=width // 64)
+    model = GPT(layers, width=256, heads=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS, eps=EPS)
     parameters = list(model.parameters())
     text = batches(standard_library(1 << 22), 8, 128, seed=0)
@@ -275,15 +275,18 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    console = Console()
-    speeds = measure_speed(args.sizes, args.rounds)
-    results: dict[str, Any] = {"bytes_per_second": {"median": show_speed(console, speeds), "rounds": speeds}}
+    console = Console(width=100)
+    results: dict[str, dict[str, Any]] = {}
+    if args.rounds:
+        speeds = measure_speed(args.sizes, args.rounds)
+        results["codecs"] = {"bytes_per_second": {"median": show_speed(console, speeds), "rounds": speeds}}
     if args.steps:
-        results["loss"] = measure_loss(args.steps, args.width)
-        show_loss(console, results["loss"], args.steps)
+        results["codecs_loss"] = measure_loss(args.steps, args.layers)
+        show_loss(console, results["codecs_loss"], args.steps)
     if not args.no_save:
         settings = {name: value for name, value in vars(args).items() if name != "no_save"}
-        console.print(f"written to {save('codecs', settings, results)}")
+        for name, found in results.items():
+            console.print(f"written to {save(name, settings, found)}")
 
 
 if __name__ == "__main__":

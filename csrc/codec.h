@@ -27,9 +27,11 @@ void decode_bf16(const std::uint16_t* stored, float* values, std::size_t count);
 // evenly spaced, from there on each octave has 2^mantissa codes, as in G.711 and as in fp32 itself. Code 0 is zero.
 //   kSigned       1 bit of sign, 3 of exponent, 4 of mantissa
 //   kNonNegative  4 bits of exponent, 4 of mantissa; what is not zero gets at least code 1
-// Of the splits of the bits these lose least in Adam's real moments (benchmarks/codecs.py): with a bit of mantissa
-// less, errors double; with one more, more of the small values of a block are below its smallest code. A block with an
-// inf or NaN has the byte kInt8NotFinite, and is all NaN when it comes back.
+// A block with an inf or NaN has the byte kInt8NotFinite, and is all NaN when it comes back.
+//
+// The split of the bits is a compromise, by what Adam's real moments lose (benchmarks/codecs.py). With one bit of
+// mantissa less, errors nearly double. With one more, most get smaller, but the range gets short: many more of a
+// block's small values become zero or, of the second moment, far too large.
 enum class Int8Kind : std::uint8_t { kSigned, kNonNegative };
 inline constexpr std::size_t kInt8Block = 128;
 inline constexpr std::uint8_t kInt8NotFinite = 255;
