@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "aio_handle.h"
+#include "codec.h"
 #include "locked_memory.h"
 
 #ifdef __GLIBC__
@@ -257,6 +258,68 @@ py::list engines() {
   return rows;
 }
 
+template <typename T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The codecs of codec.h. Addresses, and lengths in elements: codecs.py has checked them.
+void bind_codecs(py::module_& module) {
+  using Address = std::uintptr_t;
+  module.def(
+      "encode_bf16",
+      [](Address values, Address stored, std::size_t count, std::uint64_t key, std::uint64_t first) {
+        without_gil([&] { encode_bf16(at<float>(values), at<std::uint16_t>(stored), count, {key, first}); });
+      },
+      py::arg("values"), py::arg("stored"), py::arg("count"), py::arg("key"), py::arg("first"));
+  module.def(
+      "decode_bf16",
+      [](Address stored, Address values, std::size_t count) {
+        without_gil([&] { decode_bf16(at<std::uint16_t>(stored), at<float>(values), count); });
+      },
+      py::arg("stored"), py::arg("values"), py::arg("count"));
+  module.def(
+      "encode_int8",
+      [](bool is_signed, Address values, Address codes, Address exponents, std::size_t count, std::uint64_t key,
+         std::uint64_t first) {
+        const Int8Kind kind = is_signed ? Int8Kind::kSigned : Int8Kind::kNonNegative;
+        return without_gil([&] {
+          return encode_int8(kind, at<float>(values), at<std::uint8_t>(codes), at<std::uint8_t>(exponents), count,
+                             {key, first});
+        });
+      },
+      py::arg("is_signed"), py::arg("values"), py::arg("codes"), py::arg("exponents"), py::arg("count"), py::arg("key"),
+      py::arg("first"));
+  module.def(
+      "decode_int8",
+      [](bool is_signed, Address codes, Address exponents, Address values, std::size_t count) {
+        const Int8Kind kind = is_signed ? Int8Kind::kSigned : Int8Kind::kNonNegative;
+        without_gil(
+            [&] { decode_int8(kind, at<std::uint8_t>(codes), at<std::uint8_t>(exponents), at<float>(values), count); });
+      },
+      py::arg("is_signed"), py::arg("codes"), py::arg("exponents"), py::arg("values"), py::arg("count"));
+  module.def(
+      "split_master",
+      [](Address master, Address weight, Address remainder, std::size_t count, Address ties, std::size_t capacity) {
+        return without_gil([&] {
+          return split_master(at<float>(master), at<std::uint16_t>(weight), at<std::uint16_t>(remainder), count,
+                              at<std::int32_t>(ties), capacity);
+        });
+      },
+      py::arg("master"), py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"),
+      py::arg("capacity"));
+  module.def(
+      "join_master",
+      [](Address weight, Address remainder, std::size_t count, Address ties, std::size_t tie_count, Address master) {
+        without_gil([&] {
+          join_master(at<std::uint16_t>(weight), at<std::uint16_t>(remainder), count, at<std::int32_t>(ties), tie_count,
+                      at<float>(master));
+        });
+      },
+      py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"), py::arg("tie_count"),
+      py::arg("master"));
+}
+
 // Leaves [data, data + size), whole pages, out of children of fork().
 void exclude_from_fork(std::uintptr_t data, std::size_t size) {
 #ifdef MADV_DONTFORK
@@ -284,7 +347,7 @@ void raise_os_error(int error, const char* message, const std::string& path) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The native core of offload_opt. Use offload_opt.AioHandle, its Python face.";
+  module.doc() = "The native core of offload_opt. Use its Python faces: offload_opt.AioHandle, offload_opt.codecs.";
 
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -336,6 +399,7 @@ PYBIND11_MODULE(_C, module) {
     const std::uint64_t granule = without_gil([&] { return direct_io(folder, why_not); });
     return py::make_tuple(granule, why_not);
   });
+  bind_codecs(module);
   ::pthread_atfork(nullptr, nullptr, &WithoutGil::forget_threads);
   module.def("prepare_to_exit", &WithoutGil::prepare_to_exit);
   module.def("page_size", &page_size);

@@ -1,4 +1,4 @@
-"""The benchmark of the handle runs, with whatever of its contenders there is here."""
+"""The benchmarks of the handle and of the codecs run, with whatever of their contenders there is here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from offload_opt import _C
 pytest.importorskip("rich")
 
 AIO = Path(__file__).parents[2] / "benchmarks" / "aio.py"
+CODECS = AIO.with_name("codecs.py")
 # DeepSpeed's handle may have to be compiled, which takes minutes.
 SMALL = ["--blocks", "64KiB", "--depths", "4", "--size", "4MiB", "--rounds", "1", "--without", "deepspeed", "--no-save"]
 
@@ -39,3 +40,16 @@ def test_aio_refuses_what_does_not_divide(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert "divide" in done.stderr
+
+
+def test_codecs_are_measured_for_speed_and_loss() -> None:
+    command = [sys.executable, CODECS, "--sizes", "5000", "--rounds", "1", "--steps", "2", "--no-save"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("bf16, encode", "int8, decode", "master, split", "master, join"):
+        row = re.search(rf"│ {name} *│ +([0-9.]+)", done.stdout)
+        assert row, done.stdout
+        assert float(row[1]) > 0
+    rows = re.findall(r"│ int8 +│ +1\.01 │ +([0-9.]+)% │.* ([0-9.]+)% │\n", done.stdout)
+    assert len(rows) == 2, done.stdout  # stored once, and in each step
+    assert all(0 < float(share) < 20 for row in rows for share in row)

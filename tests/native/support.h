@@ -72,6 +72,9 @@ inline std::vector<const EngineEntry*> working_engines() {
   return engines;
 }
 
+// Throws a Failure.
+void check_codecs(std::uint64_t seed);
+
 using Folders = std::vector<fs::path>;
 
 // Runs the seeded fault plans first .. first + count - 1 with files in `folders`, most of them in the first. Prints the

@@ -444,25 +444,27 @@ bool run_tests() {
   };
   int passed = 0;
   int failed = 0;
+  const auto count = [&](const char* engine, const char* name, const auto& run) {
+    try {
+      run();
+      ++passed;
+      std::cout << "ok    " << engine << " " << name << std::endl;
+    } catch (const std::exception& error) {
+      ++failed;
+      std::cout << "FAIL  " << engine << " " << name << ": " << error.what() << std::endl;
+    }
+  };
+  count("no engine", "codecs", [] { check_codecs(seed); });
   for (const EngineEntry* engine : engine_table()) {
     std::string why_not;
     if (!engine->available(why_not)) {
       std::cout << engine->name << " is not available: " << why_not << "\n";
       continue;
     }
-    for (const Test& test : tests) {
-      try {
-        test.run(*engine);
-        ++passed;
-        std::cout << "ok    " << engine->name << " " << test.name << std::endl;
-      } catch (const std::exception& error) {
-        ++failed;
-        std::cout << "FAIL  " << engine->name << " " << test.name << ": " << error.what() << std::endl;
-      }
-    }
+    for (const Test& test : tests) count(engine->name, test.name, [&] { test.run(*engine); });
   }
   std::cout << passed << " passed, " << failed << " failed\n";
-  return failed == 0 && passed > 0;
+  return failed == 0 && passed > 1;  // the codecs pass where there is no engine, too
 }
 
 }  // namespace
