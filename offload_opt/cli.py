@@ -19,35 +19,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from . import arguments
 from .aio import AioHandle, engines
+from .arguments import CommandParser
+from .arguments import with_default as _of
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
-from .config import ENGINES, AioConfig, format_bytes, parse_bytes
+from .config import ENGINES, AioConfig, format_bytes
 from .doctor import Finding, check_for_data, describe, examine_folder, examine_machine, file_system, is_in_memory
 from .errors import ConfigError, OffloadError, StoreError
 from .inspection import NothingCommittedError, RankSummary, find_ranks, summarise
 from .screens import print_store, print_verified
+from .terminal import byte_progress_bar, make_console, progress_bar
 from .tuning import Tuned, save_tuned, tune
 from .verification import verify
 
-_WIDEST = 110  # columns: beyond, the eye does not find the next line
 _DIRECTIONS: tuple[Direction, ...] = ("read", "write", "mixed")
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _WRITING = 0.15  # the part of a measurement's time in which its files are written
@@ -92,7 +85,7 @@ def _doctor(args: argparse.Namespace) -> int:
         path = str(args.path.resolve()) if args.path else None
         print(json.dumps({"offload_opt": version("offload_opt"), "path": path, "findings": content}, indent=2))
         return int(failed)
-    console = _console()
+    console = make_console()
     width = max(len(finding.name) for finding in findings)
     _print_findings(console, "This machine", machine, width)
     if folder:
@@ -111,20 +104,20 @@ def _bench(args: argparse.Namespace) -> int:
         configs = [AioConfig(engine=e, block_size=b, queue_depth=d, num_threads=t) for e, b, d, t in grid]
     except ConfigError as error:
         raise ConfigError(re.sub(r"aio\.\w+", lambda setting: _OPTIONS[setting[0]], str(error))) from None
-    with _progress() as advance:
+    with progress_bar() as advance:
         rates = _compare(args.path, configs, args.size, args.seconds, args.repeats, advance)
     if args.json:
         print(json.dumps(_bench_content(args, configs, rates), indent=2))
     else:
-        _print_bench(_console(), args, configs, rates)
+        _print_bench(make_console(), args, configs, rates)
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
     mount = check_for_data(args.path)
-    with _progress() as advance:
+    with progress_bar() as advance:
         found, default = tune(args.path, seconds=args.seconds, progress=advance)
-    console = _console()
+    console = make_console()
     _print_tuned(console, args.path, found, default)
     if found.aio == default.aio:
         console.print("Nothing else that was tried is faster by 3 % or more.")
@@ -161,7 +154,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"offload_opt": version("offload_opt"), "ranks": content}, indent=2))
     else:
-        console = _console()
+        console = make_console()
         for store, ranks in stores.items():
             print_store(console, store, ranks)
         for nothing in uncommitted:
@@ -173,14 +166,14 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     places = find_ranks(args.paths)
-    with _byte_progress() as advance:
+    with byte_progress_bar() as advance:
         reports = verify(places, advance)
     is_whole = all(report.is_whole for report in reports)
     if args.json:
         content = [dataclasses.asdict(report) for report in reports]
         print(json.dumps({"offload_opt": version("offload_opt"), "is_whole": is_whole, "ranks": content}, indent=2))
     else:
-        print_verified(_console(), reports)
+        print_verified(make_console(), reports)
     return int(not is_whole)
 
 
@@ -213,22 +206,6 @@ def _compare(
 
 
 # Output.
-
-
-class _Console(Console):
-    """Without the blanks with which rich fills lines up."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        with self.capture() as captured:
-            super().print(*objects, **options)
-        for line in captured.get().splitlines():
-            self.file.write(f"{line.rstrip()}\n")
-
-
-def _console() -> Console:
-    console = _Console(highlight=False)
-    console.width = min(console.width, _WIDEST)
-    return console
 
 
 def _print_findings(console: Console, title: str, findings: Sequence[Finding], width: int) -> None:
@@ -331,29 +308,6 @@ def _in_words(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[float, str], None]]:
-    """A progress bar on stderr, where that is a terminal. Yields what sets the part that is done and the text."""
-    with _bar(BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as update:
-        yield lambda part, text: update(part, 1.0, text)
-
-
-@contextlib.contextmanager
-def _byte_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """As ``_progress``, of bytes. Yields what sets those that are done, all of them, and the text."""
-    with _bar(BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()) as update:
-        yield update
-
-
-@contextlib.contextmanager
-def _bar(*columns: ProgressColumn) -> Iterator[Callable[[float, float, str], None]]:
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}")
-    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=None)
-        yield lambda done, total, text: progress.update(bar, completed=done, total=total, description=escape(text))
-
-
 def _fail(message: str) -> int:
     print(f"offload-opt: error: {message}", file=sys.stderr)
     return 1
@@ -387,25 +341,17 @@ def _ended_by_signals() -> Iterator[None]:
 # The arguments.
 
 
-class _CommandParser(argparse.ArgumentParser):
-    """Refuses by itself what it does not know, with the usage of its command; else the parser above would."""
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        namespace, unknown = super().parse_known_args(*args, **kwargs)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return namespace, unknown
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="offload-opt", description="Keep a PyTorch model's optimizer state on NVMe.")
     parser.add_argument("--version", action="version", version=f"offload-opt {version('offload_opt')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
     seconds = "for all of it, roughly (default: %(default)g)"
 
     text = "say what this machine, and a folder's drive, offer, and what to do about what is missing"
     doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    doctor.add_argument("path", nargs="?", type=_folder, metavar="PATH", help="the folder that is to hold the state")
+    doctor.add_argument(
+        "path", nargs="?", type=arguments.folder, metavar="PATH", help="the folder that is to hold the state"
+    )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
@@ -414,21 +360,44 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST is separated by commas."
     )
     add = bench.add_argument
-    add("path", type=_folder, metavar="PATH", help="a folder on the drive; temporary files are made in it")
-    add("--size", type=_size, default="1GiB", help=_of("total size of the temporary files, at most"))
-    add("--block-size", type=_list(_size), default="256KiB,1MiB,4MiB", metavar="LIST", help=_of("bytes of a request"))
-    add("--queue-depth", type=_list(_positive), default="32", metavar="LIST", help=_of("requests in flight a thread"))
-    add("--threads", type=_list(_positive), default="1", metavar="LIST", help=_of("I/O threads"))
-    add("--engine", type=_list(_engine), metavar="LIST", help=f"of {', '.join(ENGINES)} (default: each that works)")
-    add("--repeats", type=_positive, default=3, metavar="N", help=_of("times each is measured; the median is shown"))
-    add("--seconds", type=_seconds, default=60.0, metavar="S", help=seconds)
+    add("path", type=arguments.folder, metavar="PATH", help="a folder on the drive; temporary files are made in it")
+    add("--size", type=arguments.size, default="1GiB", help=_of("total size of the temporary files, at most"))
+    add(
+        "--block-size",
+        type=arguments.a_list(arguments.size),
+        default="256KiB,1MiB,4MiB",
+        metavar="LIST",
+        help=_of("bytes of a request"),
+    )
+    add(
+        "--queue-depth",
+        type=arguments.a_list(arguments.positive),
+        default="32",
+        metavar="LIST",
+        help=_of("requests in flight a thread"),
+    )
+    add("--threads", type=arguments.a_list(arguments.positive), default="1", metavar="LIST", help=_of("I/O threads"))
+    add(
+        "--engine",
+        type=arguments.a_list(arguments.engine),
+        metavar="LIST",
+        help=f"of {', '.join(ENGINES)} (default: each that works)",
+    )
+    add(
+        "--repeats",
+        type=arguments.positive,
+        default=3,
+        metavar="N",
+        help=_of("times each is measured; the median is shown"),
+    )
+    add("--seconds", type=arguments.seconds, default=60.0, metavar="S", help=seconds)
     add("--json", action="store_true", help="print the figures as JSON, in bytes a second")
     bench.set_defaults(run=_bench)
 
     text = "find the I/O settings that suit a folder's drive, and keep them in the folder"
     tune = commands.add_parser("tune", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    tune.add_argument("path", type=_folder, metavar="PATH", help="the folder that OffloadOptimizer is given")
-    tune.add_argument("--seconds", type=_seconds, default=40.0, metavar="S", help=seconds)
+    tune.add_argument("path", type=arguments.folder, metavar="PATH", help="the folder that OffloadOptimizer is given")
+    tune.add_argument("--seconds", type=arguments.seconds, default=40.0, metavar="S", help=seconds)
     tune.add_argument("--dry-run", action="store_true", help="only print what is found")
     tune.set_defaults(run=_tune)
 
@@ -448,54 +417,5 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_stores(parser: argparse.ArgumentParser, what: str) -> None:
     text = "the path that OffloadOptimizer was given (all of them, where those were several), or a snapshot's folder"
-    parser.add_argument("paths", nargs="+", type=_store, metavar="STORE", help=text)
+    parser.add_argument("paths", nargs="+", type=arguments.store, metavar="STORE", help=text)
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
-
-
-def _of(text: str) -> str:
-    return f"{text} (default: %(default)s)"
-
-
-def _store(text: str) -> Path:
-    return _folder(text, missing="does not exist")
-
-
-def _folder(text: str, missing: str = "does not exist: make the folder first") -> Path:
-    path = Path(text)
-    try:
-        if text and path.is_dir():
-            return path
-        wrong = "is not a folder" if text and path.exists() else missing
-    except OSError as error:
-        wrong = f"cannot be looked at: {error.strerror}"
-    raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text, "")
-    except ConfigError as error:  # argparse puts the option's name before it
-        raise argparse.ArgumentTypeError(str(error).lstrip("= ")) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e6:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-
-
-def _engine(text: str) -> str:
-    if text not in ENGINES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ENGINES)}")
-    return text
-
-
-def _list(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
-    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))

@@ -19,7 +19,7 @@ LAYERS = [
     ["swap_manager"],
     ["pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
-    ["doctor", "inspection", "verification", "screens", "cli"],
+    ["doctor", "inspection", "verification", "screens", "arguments", "terminal", "cli"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 # Importer and imported: for type annotations only.
