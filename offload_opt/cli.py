@@ -1,5 +1,5 @@
-"""The command ``offload-opt``: what a machine offers (doctor), how fast a drive is (bench), what suits it (tune), and
-what is in a store (inspect) and whether it is still what was written (verify)."""
+"""The command ``offload-opt``: what a machine offers (doctor), how fast a drive is (bench), what suits it (tune), what
+offloading will cost (plan), and what is in a store (inspect) and whether it is still what was written (verify)."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from .config import ENGINES, AioConfig, format_bytes
 from .doctor import Finding, check_for_data, describe, examine_folder, examine_machine, file_system, is_in_memory
 from .errors import ConfigError, OffloadError, StoreError
 from .inspection import NothingCommittedError, RankSummary, find_ranks, summarise
+from .plan_command import add_plan
 from .screens import print_store, print_verified
 from .terminal import byte_progress_bar, make_console, progress_bar
 from .tuning import Tuned, save_tuned, tune
@@ -400,6 +401,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--seconds", type=arguments.seconds, default=40.0, metavar="S", help=seconds)
     tune.add_argument("--dry-run", action="store_true", help="only print what is found")
     tune.set_defaults(run=_tune)
+
+    add_plan(commands)
 
     text = "say what a store or a snapshot holds, from its manifests"
     inspect = commands.add_parser("inspect", help=text, description=f"{text[0].upper()}{text[1:]}.")

@@ -34,6 +34,9 @@ _CHUNK_ELEMENTS = 256 * 1024
 
 _PROBE_SHAPE = (7,)
 
+# Parameters without memory, of which costs are planned, stand for some on the CPU.
+_CPU_LIKE = ("cpu", "meta")
+
 
 def register(optimizer_class: type[torch.optim.Optimizer], paging: Paging) -> None:
     """Say how the state of ``optimizer_class`` may be cut; see ``OffloadOptimizer.register``."""
@@ -105,14 +108,14 @@ class InnerOptimizer:
 
     def chunking_for(self, group: Mapping[str, Any], device: torch.device, *, is_exact: bool = True) -> Chunking:
         """How the update of a parameter of ``group`` on ``device`` may be cut; anywhere, where its state is rounded."""
-        if device.type != "cpu" or not is_exact:
+        if device.type not in _CPU_LIKE or not is_exact:
             return Chunking(threads=1, cuts_anywhere=True, max_elements=self.batch_elements(device))
         threads = torch.get_num_threads()
         return Chunking(threads, bool(group.get("fused")), self.batch_elements(device))
 
     def batch_elements(self, device: torch.device) -> int:
         """How many elements to update in one call: what fits a processor's cache, and keeps every thread busy."""
-        return max(_CHUNK_ELEMENTS, 32768 * torch.get_num_threads()) if device.type == "cpu" else 1 << 62
+        return max(_CHUNK_ELEMENTS, 32768 * torch.get_num_threads()) if device.type in _CPU_LIKE else 1 << 62
 
     @contextlib.contextmanager
     def _lent(self, groups: list[dict[str, Any]], state: Any) -> Iterator[None]:

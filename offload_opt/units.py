@@ -377,12 +377,11 @@ class _Packer:
             self._close_unit()
             self._device = parameter.device
         cuts = _chunks_of(parameter, self._unit_size)
+        size_of = functools.cache(lambda elements: _bytes_of(parameter, 0, elements))  # there are few lengths
         begin = 0
         while begin < len(cuts) - 1:
             end = begin
-            while (
-                end + 1 < len(cuts) and self._used + _bytes_of(parameter, cuts[begin], cuts[end + 1]) <= self._unit_size
-            ):
+            while end + 1 < len(cuts) and self._used + size_of(cuts[end + 1] - cuts[begin]) <= self._unit_size:
                 end += 1
             if end > begin:
                 piece, self._used = _place(parameter, cuts[begin : end + 1], self._used)

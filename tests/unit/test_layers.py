@@ -19,7 +19,18 @@ LAYERS = [
     ["swap_manager"],
     ["update", "pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
-    ["doctor", "inspection", "verification", "screens", "arguments", "terminal", "cli"],
+    [
+        "doctor",
+        "inspection",
+        "verification",
+        "screens",
+        "arguments",
+        "terminal",
+        "model_sizes",
+        "planning",
+        "plan_command",
+        "cli",
+    ],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 # Importer and imported: for type annotations only.
