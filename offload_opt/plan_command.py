@@ -258,9 +258,11 @@ def _results(chosen: Row, given: Given) -> Iterator[tuple[str, str]]:
     free = f"; {format_bytes(free_bytes(given.folder))} are free" if given.folder is not None else ""
     more = f"; each snapshot that is kept up to {format_bytes(cost.snapshot_space)} more"
     yield "disk space", f"{format_bytes(cost.disk_space)}{free}{more}"
-    last = in_days(prediction.days(given.endurance))
-    a_day = f"{prediction.written_a_day / 1e12:,.1f} TB a day"
-    yield "rated writes", f"used up in {last}, by {a_day}" if cost.written else "not used up: steps write nothing"
+    if not cost.written:
+        yield "rated writes", "not used up: steps write nothing"
+        return
+    last, steps = in_days(prediction.days(given.endurance)), _rounded(given.endurance / cost.written)
+    yield "rated writes", f"used up in {last}: {steps} steps, by {prediction.written_a_day / 1e12:,.1f} TB a day"
 
 
 def _comparison(rows: Sequence[Row], chosen: Row, given: Given) -> Table:

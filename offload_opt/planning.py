@@ -371,11 +371,13 @@ def _about_endurance(chosen: Row, others: Sequence[Row], given: Given) -> str:
     days = chosen.prediction.days(given.endurance)
     if days >= _FEW_DAYS:
         return ""
-    longest = max(others, key=lambda row: row.prediction.days(given.endurance), default=chosen)
     ways = []
-    if longest.prediction.days(given.endurance) > 1.5 * days:
-        shown = in_days(longest.prediction.days(given.endurance))
-        ways.append(f"with --state-dtype {longest.layout.name} they last {shown}")
+    # Not by days: what makes steps slow makes a drive last.
+    least = min(others, key=lambda row: row.layout.footprint.written, default=chosen)
+    written = least.layout.footprint.written
+    if written < 0.7 * chosen.layout.footprint.written:
+        less = f"{chosen.layout.footprint.written / written:.1f} x less" if written else "nothing"
+        ways.append(f"--state-dtype {least.layout.name} writes {less} a step")
     if given.iteration is None:
         ways.append("--iteration says how often a step is really made")
     pace = "Steps without a pause use" if given.iteration is None else "Steps at this pace use"
