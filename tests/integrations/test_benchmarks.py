@@ -1,4 +1,4 @@
-"""The benchmarks of the handle and of the codecs run, with whatever of their contenders there is here."""
+"""The benchmarks of the handle, of the codecs and of the plan run, with whatever of their contenders there is here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytest.importorskip("rich")
 
 AIO = Path(__file__).parents[2] / "benchmarks" / "aio.py"
 CODECS = AIO.with_name("codecs.py")
+PLAN = AIO.with_name("plan.py")
 # DeepSpeed's handle may have to be compiled, which takes minutes.
 SMALL = ["--blocks", "64KiB", "--depths", "4", "--size", "4MiB", "--rounds", "1", "--without", "deepspeed", "--no-save"]
 
@@ -53,3 +54,15 @@ def test_codecs_are_measured_for_speed_and_loss() -> None:
     rows = re.findall(r"│ int8 +│ +1\.01 │ +([0-9.]+)% │.* ([0-9.]+)% │\n", done.stdout)
     assert len(rows) == 2, done.stdout  # stored once, and in each step
     assert all(0 < float(share) < 20 for row in rows for share in row)
+
+
+def test_a_plan_is_held_against_a_run(tmp_path: Path) -> None:
+    settings = ["fp32", "masters, bf16"]
+    command = [sys.executable, PLAN, tmp_path, "--parameters", "5M", "--rounds", "1", "--steps", "2", "--no-save"]
+    done = subprocess.run([*command, "--settings", *settings], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in settings:
+        row = re.search(rf"│ {name} *│ +([0-9.]+) │ +([0-9.]+) s │ +([0-9.]+) s │ +([0-9.]+) │", done.stdout)
+        assert row, done.stdout  # a row with bytes that differ would not look like that
+        assert all(float(figure) > 0 for figure in row.groups())
+    assert list(tmp_path.iterdir()) == []
