@@ -85,8 +85,8 @@ def chosen(question: Question) -> Layout:
 
 def predict(question: Question, layout: Layout, folder: Path) -> dict[str, Any]:
     """Seconds and bytes a step, as the command has them."""
-    bandwidth, source = find_bandwidth(folder, lambda *_: None)
-    rates = {layout.name: measure_update(question, layout, folder)}
+    bandwidth, source, _ = find_bandwidth(folder, lambda *_: None)
+    rates = {layout.name: measure_update(question, layout, folder).rate}
     given = Given(bandwidth, source, rates, "", measure_checksums())
     prediction = answer(question, [layout], given)[0].prediction
     return {

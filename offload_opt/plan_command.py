@@ -134,9 +134,9 @@ def _question(args: argparse.Namespace) -> Question:
 
 def _given(args: argparse.Namespace, question: Question, layouts: Sequence[Layout], advance: Any) -> Given:
     if args.bandwidth is not None:
-        bandwidth, source = Bandwidth(*[args.bandwidth] * 3), "given"
+        bandwidth, source, spread = Bandwidth(*[args.bandwidth] * 3), "given", 0.0
     else:
-        bandwidth, source = find_bandwidth(args.path, lambda part, text: advance(0.5 * part, text))
+        bandwidth, source, spread = find_bandwidth(args.path, lambda part, text: advance(0.5 * part, text))
     checksums = math.inf
     if args.update_rate is not None:
         rates, update_source = {layout.name: float(args.update_rate) for layout in layouts}, "given"
@@ -144,10 +144,11 @@ def _given(args: argparse.Namespace, question: Question, layouts: Sequence[Layou
         rates, update_source = {}, f"measured now on this CPU, {torch.get_num_threads()} threads"
         for number, layout in enumerate(layouts):
             advance(0.5 + 0.5 * number / len(layouts), f"the update, {layout.name}")
-            rates[layout.name] = measure_update(question, layout, args.path)
+            found = measure_update(question, layout, args.path)
+            rates[layout.name], spread = found.rate, max(spread, found.spread)
         if args.durability != "scratch":
             checksums = measure_checksums()
-    return Given(bandwidth, source, rates, update_source, checksums, args.iteration, args.endurance, args.path)
+    return Given(bandwidth, source, rates, update_source, checksums, args.iteration, args.endurance, args.path, spread)
 
 
 def _in_options(text: str) -> str:
@@ -206,7 +207,7 @@ def _print(console: Console, question: Question, rows: Sequence[Row], given: Giv
     console.print(Text(_title(question), style="bold"))
     console.print()
     _print_pairs(console, "Taken as given", _assumptions(question, chosen, given))
-    _print_pairs(console, f"So, with the state stored as {chosen.layout.name}", _results(chosen, given))
+    _print_pairs(console, f"So, with state_dtype {chosen.layout.name}", _results(chosen, given))
     if len(rows) > 1:
         console.print(_comparison(rows, chosen, given))
         console.print("bf16 and int8 round the state each time it is stored; exact is bit for bit.", style="dim")
@@ -331,6 +332,7 @@ def _content(
         "bandwidth": {**dataclasses.asdict(given.bandwidth), "source": given.bandwidth_source},
         "update_source": given.update_source,
         "checksum_rate": None if given.checksum_rate == math.inf else given.checksum_rate,
+        "spread": given.spread,
         "iteration": given.iteration,
         "endurance": given.endurance,
         "results": results,

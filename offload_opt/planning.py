@@ -45,6 +45,7 @@ _CHECKSUMMED = 64 << 20
 _PLENTY = 1 << 40
 _FAR_ABOVE = 1.25  # times the update's time: less is not worth a line
 _FEW_DAYS = 365
+_NOISE = 0.25
 
 Progress = Callable[[float, str], None]
 """Called with the part that is done, 0 to 1, and what is being measured."""
@@ -92,6 +93,22 @@ class Given:
     endurance: float = math.inf
     """Bytes that the drive is rated to have written."""
     folder: Path | None = None
+    spread: float = 0.0
+    """By how much repeats of a measurement differ, of their median: the most of all that was measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A rate a second, the median of a few, and by how much of it they differ."""
+
+    rate: float
+    spread: float
+
+    @classmethod
+    def of(cls, rates: Sequence[float]) -> Measured:
+        """The median of ``rates``."""
+        median = statistics.median(rates)
+        return cls(median, (max(rates) - min(rates)) / median)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,14 +214,17 @@ def _make(question: Question, parameters: Sequence[torch.nn.Parameter]) -> torch
 # What this machine does.
 
 
-def find_bandwidth(folder: Path, progress: Progress, seconds: float = 4.0) -> tuple[Bandwidth, str]:
+def find_bandwidth(folder: Path, progress: Progress, seconds: float = 4.0) -> tuple[Bandwidth, str, float]:
     """What a folder's drive does: as ``offload-opt tune`` found it or, where it has not been tuned, measured now.
 
-    Returns it, and in words where it is from. Raises ConfigError or OSError where nothing can be measured there.
+    Returns it, in words where it is from, and by how much of their median repeats differ.
+
+    Raises:
+        ConfigError: There is no room for test files, or what `tune` left is malformed. OSError: a transfer failed.
     """
     tuned = load_tuned(folder)
     if tuned is not None:
-        return Bandwidth(tuned.mixed, tuned.read, tuned.write), f"found by offload-opt tune on {tuned.date[:10]}"
+        return Bandwidth(tuned.mixed, tuned.read, tuned.write), f"found by offload-opt tune on {tuned.date[:10]}", 0.0
     room = free_bytes(check_folder(folder)) * 8 // 9
     if room < LEAST_MEASURED:
         raise ConfigError(f"{folder} has no room for test files: give --bandwidth, or make space")
@@ -217,11 +237,11 @@ def find_bandwidth(folder: Path, progress: Progress, seconds: float = 4.0) -> tu
             direction = directions[number % len(directions)]
             progress(0.25 + 0.75 * number / _ROUNDS / len(directions), f"the drive, {direction}")
             rates[direction].append(run([files], aio, direction, 0.75 * seconds / _ROUNDS / len(directions))[0])
-    mixed, read, write = (statistics.median(rates[direction]) for direction in directions)
-    return Bandwidth(mixed, read, write), "measured now"
+    found = [Measured.of(rates[direction]) for direction in directions]
+    return Bandwidth(*[each.rate for each in found]), "measured now", max(each.spread for each in found)
 
 
-def measure_update(question: Question, layout: Layout, folder: Path | None, seconds: float = 0.7) -> float:
+def measure_update(question: Question, layout: Layout, folder: Path | None, seconds: float = 0.7) -> Measured:
     """Parameters a second that the optimizer updates here, its state stored as ``layout`` has it, but all in memory.
 
     It is the real optimizer, over parameters of the model, or as many as there are of a part of it.
@@ -255,7 +275,8 @@ def measure_update(question: Question, layout: Layout, folder: Path | None, seco
                 started = time.perf_counter()
                 optimizer.step()
                 times.append(time.perf_counter() - started)
-    return sum(p.numel() for p in parameters) / statistics.median(times)
+    numel = sum(p.numel() for p in parameters)
+    return Measured.of([numel / each for each in times])
 
 
 def _sample(question: Question, layout: Footprint) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -317,9 +338,26 @@ def advise(question: Question, rows: Sequence[Row], given: Given) -> list[str]:
     """What is off about the way that the question asks for, and what to do about it."""
     chosen = next(row for row in rows if row.layout.name == layout_name(question.config))
     others = [row for row in rows if row is not chosen]
-    lines = [_about_space(chosen, others, given), _about_memory(chosen), _about_speed(chosen, others)]
+    lines = [_about_noise(given), _about_pace(chosen)]
+    lines += [_about_space(chosen, others, given), _about_memory(chosen), _about_speed(chosen, others)]
     lines.append(_about_endurance(chosen, others, given))
     return [line for line in lines if line]
+
+
+def _about_noise(given: Given) -> str:
+    if given.spread <= _NOISE:
+        return ""
+    return (
+        f"Repeats of what was measured differ by up to {100 * given.spread:.0f} %: the machine is busy, or not steady. "
+        "Ask again when it is quiet."
+    )
+
+
+def _about_pace(chosen: Row) -> str:
+    now = chosen.prediction
+    if now.iteration is None or now.iteration >= now.seconds:
+        return ""
+    return f"A step takes {now.seconds / now.iteration:.1f} x --iteration: it is what an iteration takes at least."
 
 
 def _about_space(chosen: Row, others: Sequence[Row], given: Given) -> str:

@@ -125,7 +125,7 @@ def test_the_update_is_measured_with_the_models_own_shapes(tmp_path: Path, monke
     for kind in (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon):
         question = planning.Question(model, kind, config)
         layout = planning.lay_out(question)[0][0]
-        assert planning.measure_update(question, layout, tmp_path, seconds=0.01) > 0
+        assert planning.measure_update(question, layout, tmp_path, seconds=0.01).rate > 0
         assert planning._sample(question, layout.footprint) == [((20, 20), torch.float32)]
 
 
@@ -139,6 +139,7 @@ ADVICE = [
     ),
     (["--endurance", "1TB"], "--state-dtype int8 writes nothing a step; or --iteration says"),
     (["--endurance", "1TB"], "Steps without a pause use up the drive's rated writes in"),
+    (["--iteration", "1"], "A step takes 3.7 x --iteration: it is what an iteration takes at least."),
     (["--endurance", "1TB", "--iteration", "9"], "Steps at this pace use up the drive's rated writes in"),
 ]
 
@@ -172,6 +173,13 @@ def test_advice_about_memory_that_is_not_there(
 ) -> None:
     monkeypatch.setattr(planning, "physical_memory", lambda: 1 << 30)
     assert "Buffers would take 2.0 GiB, and this machine has 1.0 GiB" in figures(capsys, *COUNT, *FAST)["advice"][0]
+
+
+def test_a_busy_machine_is_noticed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_command, "measure_update", lambda *_: planning.Measured.of([1e8, 2e8, 3e8]))
+    content = figures(capsys, *COUNT, "--bandwidth", "3GB/s")
+    assert content["results"][0]["update_rate"] == 2e8
+    assert content["advice"][0].startswith("Repeats of what was measured differ by up to 100 %: the machine is busy")
 
 
 @pytest.mark.parametrize(
