@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import shutil
+import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from offload_opt import ConfigError, OffloadOptimizer, StepFailedError, StoreError, verification
+from offload_opt import ConfigError, OffloadError, OffloadOptimizer, StepFailedError, StoreError, verification
 from offload_opt.folders import free_bytes
 from offload_opt.inspection import find_ranks
+from offload_opt.manifest import write_manifest
 from offload_opt.slots import UnitSlots
 from offload_opt.store import SwapStore
 from tests import scripts
@@ -207,7 +210,264 @@ def test_a_commit_when_the_interpreter_ends(store: Path) -> None:
     check_commit(store)
 
 
+def test_an_interrupt_as_a_commit_begins_does_not_leave_one_running_that_nobody_waits_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The next step wrote into the files that it was about to name.
+    pair.step()
+    start = threading.Thread.start
+    gate = threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "offload_opt-commit":
+            monkeypatch.setattr(threading.Thread, "start", start)
+            raise KeyboardInterrupt
+
+    def slow(path: Path, manifest: Any) -> None:
+        gate.wait(1)
+        write_manifest(path, manifest)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr("offload_opt.store.write_manifest", slow)
+    with pytest.raises(KeyboardInterrupt):
+        pair.offloaded.snapshot()
+    pair.step()
+    check_commit(pair.offloaded_folder)
+    assert pair.offloaded.committed_epoch == 1
+    pair.offloaded.snapshot()
+    check_commit(pair.offloaded_folder)
+    pair.check()
+
+
+def test_a_commit_runs_once_where_no_thread_can_be_started(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It ran in place, and once more when a thread could be started later: an old manifest replaced the new one.
+    pair = Resumed(adam, store, SHAPES)
+    put: list[int] = []
+
+    def spy(path: Path, manifest: Any) -> None:
+        put.append(manifest.epoch)
+        write_manifest(path, manifest)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("offload_opt.store.write_manifest", spy)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            pair.step()
+            pair.offloaded.synchronize()
+    for _ in range(2):
+        pair.step()
+        pair.offloaded.synchronize()
+    assert put == [1, 2, 3, 4]
+    check_commit(store)
+    pair.reopen()
+    pair.check()
+
+
+def test_a_restore_that_was_interrupted_is_a_failure(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What was in memory only was gone by then, and the next step went on from what the files had.
+    pair = Resumed(adam, store, SHAPES, host_memory="2MiB", durability="snapshot")
+    pair.step()
+    pair.offloaded.snapshot()
+    pair.offloaded.step()
+    for owner, name in ((SwapStore, "forget"), (SwapStore, "retire_all"), (SwapStore, "adopt")):
+        fail_once(monkeypatch, owner, name, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            pair.offloaded.restore()
+        with pytest.raises(StepFailedError):
+            pair.offloaded.step()
+    pair.offloaded.restore()
+    pair.check()
+    pair.step()
+    pair.check()
+
+
+def test_an_interrupt_as_a_place_is_planned_leaves_no_half_of_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A parameter had some of its pieces only: steps updated a part of it, and a commit could not be read.
+    fail_once(monkeypatch, SwapStore, "create", KeyboardInterrupt())
+    pair.set_gradients()
+    with pytest.raises(KeyboardInterrupt):
+        pair.offloaded.step()
+    pair.plain.step()
+    pair.offloaded.step()
+    pair.offloaded.snapshot()
+    check_commit(pair.offloaded_folder)
+    pair.check()
+
+
+def test_a_call_in_the_middle_of_a_step_is_refused(store: Path, tmp_path: Path) -> None:
+    # A handler's snapshot() replaced the last commit by half of a step.
+    pair = Resumed(adam, store, SHAPES, durability="snapshot")
+    pair.step()
+    pair.offloaded.snapshot()
+    problems: list[str] = []
+    calls: list[Any] = [
+        lambda: pair.offloaded.snapshot(tmp_path / "snap"),
+        pair.offloaded.restore,
+        pair.offloaded.step,
+        pair.offloaded.state_dict,
+        pair.offloaded.close,
+        lambda: pair.offloaded.load_state_dict({"state": {}, "param_groups": pair.plain.state_dict()["param_groups"]}),
+    ]
+
+    def handler(*_: Any) -> None:
+        for call in calls:
+            try:
+                call()
+            except OffloadError as error:
+                problems.append(str(error))
+
+    inner = pair.offloaded.optimizer
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        inner.param_groups[0]["betas"] = _Signalling((0.9, 0.999))
+        pair.step()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(problems) == len(calls)
+    assert all("in the middle of step(), by a signal handler" in problem for problem in problems)
+    inner.param_groups[0]["betas"] = (0.9, 0.999)
+    pair.check()
+    pair.step()
+    pair.check()
+
+
+class _Signalling(tuple):  # type: ignore[type-arg]
+    """Options that send a signal, the first time that an update looks at them."""
+
+    sent = False
+
+    def __iter__(self) -> Any:
+        if not _Signalling.sent:
+            _Signalling.sent = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().__iter__()
+
+
+def test_a_snapshot_that_did_not_reach_the_device_does_not_succeed_when_it_is_asked_for_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(adam, store, SHAPES, durability="scratch")
+    pair.step()
+    fail_once(monkeypatch, os, "fdatasync", eio())
+    with pytest.raises(OSError, match="Input/output"):
+        pair.offloaded.snapshot(tmp_path / "snap")
+    with pytest.raises(StepFailedError):
+        pair.offloaded.snapshot(tmp_path / "snap")
+
+
 # Whose files are whose.
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("durability", ["snapshot", "step"])
+def test_keep_does_not_take_the_store_for_a_snapshot(tmp_path: Path, durability: str, keep: int) -> None:
+    # The store lay beside its snapshots, and was deleted as the oldest of them.
+    (tmp_path / "run").mkdir()
+    pair = Pair(adam, tmp_path / "run", SHAPES, durability=durability)
+    for number in range(4):
+        pair.step()
+        if number == 1:
+            pair.offloaded.synchronize()
+            shutil.copytree(tmp_path / "run", tmp_path / "run-backup")
+        pair.offloaded.snapshot(tmp_path / f"snap-{number}", keep=keep)
+    pair.step()
+    pair.check()
+    kept = [f"snap-{number}" for number in range(4 - keep, 4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-backup", *kept]
+    assert (tmp_path / "run-backup" / RANK / "LOCK").exists()
+
+
+def test_a_store_that_is_in_use_is_no_snapshot(tmp_path: Path) -> None:
+    # Its files were linked, and its owner, who did not know, wrote to them.
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = Pair(adam, tmp_path / "a", SHAPES)
+    first.step()
+    first.offloaded.snapshot()
+    second = Pair(adam, tmp_path / "b", SHAPES)
+    with pytest.raises(StoreError, match=rf"not a snapshot but a store, which process {os.getpid()} uses"):
+        second.offloaded.restore(tmp_path / "a")
+    then = first.offloaded.state_dict()
+    first.offloaded.close()
+    second.offloaded.restore(tmp_path / "a")  # nobody changes it now
+    assert_same_state(then, second.offloaded.state_dict())
+    with pytest.raises(StoreError, match="no committed epoch"):
+        Pair(adam, tmp_path / "a", SHAPES, discard=True).offloaded.restore()
+    check_commit(tmp_path / "b")
+
+
+def test_two_snapshots_of_one_name_at_once(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second took what the first had begun for remains, and deleted it meanwhile.
+    (tmp_path / "other").mkdir()
+    other = Pair(adam, tmp_path / "other", SHAPES)
+    for each in (pair, other):
+        each.step()
+    link = Path.hardlink_to
+    problems: list[str] = []
+
+    def linking(target: Path, source: Path) -> None:
+        monkeypatch.setattr(Path, "hardlink_to", link)
+        with pytest.raises(StoreError, match="another process is making a snapshot") as refused:
+            other.offloaded.snapshot(tmp_path / "snap")
+        problems.append(str(refused.value))
+        link(target, source)
+
+    monkeypatch.setattr(Path, "hardlink_to", linking)
+    pair.offloaded.snapshot(tmp_path / "snap")
+    assert len(problems) == 1
+    (report,) = verification.verify(find_ranks([tmp_path / "snap"]), lambda *_: None)
+    assert report.is_whole, report
+
+
+def test_a_snapshot_is_brought_to_several_folders_by_their_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The whole of it had to fit into the first one.
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK) or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with tempfile.TemporaryDirectory(dir=shared) as elsewhere:
+        pair = Resumed(adam, folders, [(60_000,)], unit_size="16KiB")
+        pair.step()
+        pair.offloaded.snapshot(Path(elsewhere) / "snap")
+        size = sum(file.stat().st_size for file in Path(elsewhere).rglob("*.safetensors"))
+
+        def free(folder: Path) -> int:
+            return size // 3 if "a" in Path(folder).relative_to(tmp_path).parts else 1 << 40
+
+        def device(path: Path, stat: Any = Path.stat, **options: Any) -> Any:
+            found = stat(path, **options)
+            if path.is_relative_to(folders[1]):  # a drive of its own
+                values = list(found)
+                values[2] = 12345
+                return os.stat_result(values)
+            return found
+
+        for module in ("slots", "folders"):
+            monkeypatch.setattr(f"offload_opt.{module}.free_bytes", free)
+        monkeypatch.setattr(Path, "stat", device)
+        pair.offloaded.restore(Path(elsewhere) / "snap")
+        monkeypatch.undo()
+        pair.check()
+        pair.offloaded.close()
+
+
+def test_a_copied_snapshot_needs_no_room_beside_the_store(small_disk: Path, tmp_path: Path) -> None:
+    # It made files to take the place of those that a snapshot shares, though it shares none.
+    pair = Pair(adam, small_disk, [(36_000,)], host_memory="300KiB")  # twice 288 KiB
+    pair.step()
+    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - (20 << 10)))
+    pair.offloaded.snapshot(tmp_path / "snap")
+    (small_disk / "filler").unlink()
+    pair.step()
+    pair.check()
 
 
 def test_keep_does_not_take_a_link_for_one_more_snapshot(pair: Pair, tmp_path: Path) -> None:
