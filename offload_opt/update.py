@@ -190,6 +190,12 @@ class UnitUpdate:
             chunk.state.update({name: value for name, value in chunk.decoded.items() if name != MASTER})
         return chunk
 
+    def _cast(self, grad: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """The gradient in fp32, laid out as ``own`` where that has no gaps."""
+        cast = self._scratch.take(own.numel(), own.device)
+        cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
+        return cast.copy_(grad)
+
     def _update_batch(self, batch: list[_Chunk]) -> None:
         if not batch:
             return
