@@ -156,7 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=width, default=2048, help=f"width of the model, a multiple of {HEAD}")
     parser.add_argument("--context", type=positive, default=64, help="bytes of text in a sequence")
     parser.add_argument("--batch", type=positive, default=1, help="sequences in a step")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder-of-run", type=Path, help=argparse.SUPPRESS)
