@@ -247,12 +247,12 @@ class Checkpointer:
         if manifest.weights is not None:
             check_weights(manifest.weights, folders, self._handle, groups, where)
         plans = self._plans_of(manifest.state, groups_then, where)
-        states = {
-            plan.key: (plan, resident_from(plan.template, decode_mapping(record.resident)))
-            for plan, record in zip(plans, manifest.state.parameters, strict=True)
-        }
-        for unit in units:
-            for piece in unit.pieces:
+        states: dict[Key, tuple[ParameterPlan, dict[str, Any] | None]] = {}
+        for plan, record in zip(plans, manifest.state.parameters, strict=True):
+            resident = decode_mapping(record.resident)
+            states[plan.key] = plan, None if resident is None else resident_from(plan.template, resident)
+        for piece in (piece for unit in units for piece in unit.pieces):
+            if piece.resident is not None:
                 piece.resident = resident_from(states[piece.key][0].template, piece.resident)
         return _Found(manifest, where, folders, units, groups_then, states, decode_value(manifest.extra))
 

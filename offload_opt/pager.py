@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -414,14 +414,8 @@ def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
             raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
 
 
-@overload
-def resident_from(template: StateTemplate, state: None) -> None: ...
-@overload
-def resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]: ...
-def resident_from(template: StateTemplate, state: ParameterState | None) -> dict[str, Any] | None:
+def resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]:
     """The small part of a given state, in the dtypes and on the devices that the optimizer itself uses."""
-    if state is None:
-        return None
     paged = {tensor.name for tensor in template.paged}
     resident = {}
     for name, value in state.items():

@@ -1,7 +1,7 @@
 """Any order of steps, commits, snapshots, restores and reopenings, against the plain optimizer in memory.
 
 The model is the plain optimizer on its own parameters, and deep copies of it for whatever was committed. All
-comparisons are bit for bit. In some runs the offloaded parameters are bf16 with masters, which the model has as its own.
+comparisons are bit for bit. In some runs the offloaded parameters are bf16 with masters, which are the model's own.
 OFFLOAD_OPT_EXAMPLES is the number of runs.
 """
 
