@@ -16,7 +16,7 @@ import torch
 from .aio import AioHandle
 from .config import OffloadConfig, format_bytes
 from .errors import ConfigError, StoreError
-from .folders import rank_folder
+from .folders import rank_folder, unused
 from .inner import InnerOptimizer
 from .manifest import (
     DTYPES,
@@ -133,6 +133,8 @@ class Checkpointer:
             self._pager.page_out_brought(groups)
             manifest = self._manifest(groups, extra)
             self._manager.synchronize()
+        with self._manager.failing():
+            self._store.bring_to_device()
         with snapshot as folder:
             self._store.snapshot(folder, manifest)
         if keep is not None:
@@ -146,21 +148,19 @@ class Checkpointer:
 
     def restore(self, directory: Path | None, groups: Groups) -> Any:
         """Take up the last commit, or the snapshot in ``directory``. Returns its extra."""
+        if directory is None:
+            return self._restore(None, groups)
+        with unused(rank_folder(directory, self._rank, self._world_size)):
+            return self._restore(directory, groups)
+
+    def _restore(self, directory: Path | None, groups: Groups) -> Any:
         found = self._find(directory, groups)
         if directory is None:
-            later = self._store.uncommitted()
-            if later:
-                _log.warning(
-                    "%s: back to epoch %d; what %d unit files (%s) got after its commit is discarded",
-                    self._store.folders[0],
-                    found.manifest.epoch,
-                    len(later),
-                    format_bytes(sum(path.stat().st_size for path in later)),
-                )
-        self._manager.forget_all()
-        self._weights.forget()
-        self._store.retire_all()
-        try:
+            self._say_what_is_discarded(found.manifest)
+        with self._manager.failing():
+            self._manager.forget_all()
+            self._weights.forget()
+            self._store.retire_all()
             if found.manifest.weights is not None:  # first: a master is stored as what its weight lacks
                 read_weights(found.manifest.weights, found.folders, self._handle, groups, found.where)
             self._take_up(found, directory, groups)
@@ -169,13 +169,19 @@ class Checkpointer:
             self._continue(found.manifest, is_own=directory is None)
             if self._is_durable and directory is not None:
                 self.commit(groups, found.extra, wait=True)
-        except BaseException as error:
-            self._manager.fail(error)
-            raise
-        self._undecided = False
-        if directory is None:
-            self._remove_remains()
+            self._undecided = False
         return found.extra
+
+    def _say_what_is_discarded(self, manifest: Manifest) -> None:
+        later = self._store.uncommitted()
+        if later:
+            _log.warning(
+                "%s: back to epoch %d; what %d unit files (%s) got after its commit is discarded",
+                self._store.folders[0],
+                manifest.epoch,
+                len(later),
+                format_bytes(sum(path.stat().st_size for path in later)),
+            )
 
     def _continue(self, manifest: Manifest, *, is_own: bool) -> None:
         """Go on as the run that made ``manifest`` or, from a snapshot of another store, as a run of our own.
@@ -189,12 +195,12 @@ class Checkpointer:
             self._run, self._snapshots = uuid.uuid4().hex, []
         self._pager.epoch = manifest.epoch
 
-    def _remove_remains(self) -> None:
-        """Delete what a kill has left of the snapshots that the commit names. It harms nothing where that fails."""
+    def remove_remains(self) -> None:
+        """After ``restore``: delete what a kill has left of snapshots of this run. It harms nothing if that fails."""
         for path in self._snapshots:
             try:
                 Snapshot(Path(path), self._rank, self._world_size).remove_remains()
-            except OSError as error:
+            except (OSError, StoreError) as error:
                 _log.warning("what was left of the snapshot %s could not be deleted: %s", path, error)
 
     def _take_up(self, found: _Found, directory: Path | None, groups: Groups) -> None:
@@ -241,12 +247,12 @@ class Checkpointer:
         if manifest.weights is not None:
             check_weights(manifest.weights, folders, self._handle, groups, where)
         plans = self._plans_of(manifest.state, groups_then, where)
-        states = {
-            plan.key: (plan, resident_from(plan.template, decode_mapping(record.resident)))
-            for plan, record in zip(plans, manifest.state.parameters, strict=True)
-        }
-        for unit in units:
-            for piece in unit.pieces:
+        states: dict[Key, tuple[ParameterPlan, dict[str, Any] | None]] = {}
+        for plan, record in zip(plans, manifest.state.parameters, strict=True):
+            resident = decode_mapping(record.resident)
+            states[plan.key] = plan, None if resident is None else resident_from(plan.template, resident)
+        for piece in (piece for unit in units for piece in unit.pieces):
+            if piece.resident is not None:
                 piece.resident = resident_from(states[piece.key][0].template, piece.resident)
         return _Found(manifest, where, folders, units, groups_then, states, decode_value(manifest.extra))
 

@@ -180,6 +180,7 @@ def granule_of(kind: str, state_name: str) -> int:
     return 1 if codec is None else codec.granule
 
 
+@functools.lru_cache(maxsize=1024)  # of the parameters of the units that are under way
 def rounding_key(step: int, parameter: int, state_name: str) -> int:
     """The ``key`` of ``encode``: 64 bits that differ between steps, parameters and state tensors, and never change."""
     text = f"{step} {parameter} {state_name}"

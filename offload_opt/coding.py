@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import torch
@@ -69,8 +70,8 @@ def _ties_of(piece: Piece, begin: int, end: int, device: torch.device) -> torch.
     """The ties of elements ``begin`` to ``end`` of the parameter, by their positions from ``begin`` on."""
     if piece.ties is None:
         return torch.empty(0, dtype=torch.int32, device=device)
-    bounds = torch.tensor([begin - piece.start, end - piece.start], dtype=torch.int32)
-    first, last = torch.searchsorted(piece.ties, bounds).tolist()
+    positions = piece.ties.tolist()  # few: one value in 2^17 has one
+    first, last = (bisect.bisect_left(positions, bound - piece.start) for bound in (begin, end))
     return (piece.ties[first:last] - (begin - piece.start)).to(device)
 
 

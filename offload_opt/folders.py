@@ -16,6 +16,8 @@ from .config import format_bytes
 from .errors import ConfigError, StoreError
 
 UNIT_FILES = "unit-*.safetensors"
+LOCK = "LOCK"
+"""A file that a store has, and a snapshot has not."""
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
@@ -174,13 +176,35 @@ def lock(path: Path) -> tuple[int, str]:
         raise StoreError(
             f"the store {path.parent} is in use by {whose}: give each optimizer its own folder, or close() the other"
         ) from None
-    _, identity = _read_lock(fd)
-    if not re.fullmatch("[0-9a-f]{32}", identity):
-        identity = uuid.uuid4().hex
+    _, known = _read_lock(fd)
+    identity = known if re.fullmatch("[0-9a-f]{32}", known) else uuid.uuid4().hex
     content = f"{os.getpid()}\n{identity}\n".encode()
     os.pwrite(fd, content, 0)
     os.ftruncate(fd, len(content))
+    if identity != known:
+        os.fsync(fd)
     return fd, identity
+
+
+@contextlib.contextmanager
+def unused(folder: Path) -> Iterator[None]:
+    """Keep everybody from using the store in ``folder`` meanwhile, if it is one. Raises StoreError if somebody does."""
+    try:
+        fd = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreError(
+                f"{folder} is not a snapshot but a store, which process {_read_lock(fd)[0]} uses and changes: let that "
+                "make a snapshot()"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def _read_lock(fd: int) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,6 +100,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
         self.extra: Any = {}
         """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
+        self._under_way = ""
         self._pid = os.getpid()
         self._folders = folders
         self._shut_down = weakref.finalize(self, _shut_down, self._pid, optimizer, self._manager, handle, store)
@@ -154,22 +155,23 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises:
             OSError: A transfer failed, also one of an earlier step. After it, StepFailedError until load_state_dict().
         """
-        self._check_open()
+        self._check_usable("step")
         self._manager.check()
         self._checkpointer.check_started()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        started = time.perf_counter()
-        commits = self.config.durability == "step"
-        if commits:
-            self._checkpointer.check_storable(self.param_groups, self.extra)
-        self._pager.step(self.param_groups)
-        if commits:
-            self._checkpointer.commit(self.param_groups, self.extra, wait=False)
-        self._stats.step_seconds += time.perf_counter() - started
-        self._stats.steps += 1
+        with self._alone("step"):
+            started = time.perf_counter()
+            commits = self.config.durability == "step"
+            if commits:
+                self._checkpointer.check_storable(self.param_groups, self.extra)
+            self._pager.step(self.param_groups)
+            if commits:
+                self._checkpointer.commit(self.param_groups, self.extra, wait=False)
+            self._stats.step_seconds += time.perf_counter() - started
+            self._stats.steps += 1
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -177,8 +179,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if not isinstance(self.state, PagedState):  # from Optimizer.__init__, with the wrapped optimizer's own groups
             super().add_param_group(param_group)
             return
-        self._check_open()
-        self._inner.optimizer.add_param_group(param_group)
+        with self._alone("add_param_group"):
+            self._inner.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's ``state_dict()``, on the CPU; its tensors are mapped from a file.
@@ -190,14 +192,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises:
             StoreError: There is no space for the copy.
         """
-        self._check_open()
-        self._manager.check()
-        paged = cast(PagedState, self.state)
-        self.state = cast(Any, paged.load())
-        try:
-            return super().state_dict()
-        finally:
-            self.state = cast(Any, paged)
+        with self._alone("state_dict"):
+            self._manager.check()
+            paged = cast(PagedState, self.state)
+            try:
+                self.state = cast(Any, paged.load())
+                return super().state_dict()
+            finally:
+                self.state = cast(Any, paged)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a ``state_dict()`` of this or of an unwrapped optimizer, and move its state to the disk at once.
@@ -205,7 +207,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The groups do not match, as in torch. ConfigError: the state does not match the optimizer's.
         """
-        self._check_open()
+        self._check_usable("load_state_dict")
         # The last pre-hook: those of the user see the state as it is.
         hook = self.register_load_state_dict_pre_hook(hide_from_conversion)
         try:
@@ -215,6 +217,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch's ``load_state_dict`` hands over the new groups, and the state by parameter."""
+        with self._alone("load_state_dict"):
+            self._set_state(state)
+
+    def _set_state(self, state: dict[str, Any]) -> None:
         hidden: dict[Any, Any] = state["state"]
         states = {p: value.state for p, value in hidden.items() if isinstance(value, Unconverted) and value.state}
         if states:
@@ -224,9 +230,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         check_memory(plans, *self.config.memory)
         self._check_space(self._folders, plans, state["param_groups"], self._checkpointer.committed_files())
         optimizer = self._inner.optimizer
-        optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
-        self.param_groups = optimizer.param_groups
-        self._checkpointer.replace_state(self.param_groups, states)
+        with self._manager.failing():
+            optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
+            self.param_groups = optimizer.param_groups
+            self._checkpointer.replace_state(self.param_groups, states)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an OffloadOptimizer cannot be pickled or copied, as its state is on disk: use state_dict()")
@@ -259,9 +266,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             StoreError: There is a snapshot in ``directory``, or no space. The last commit and the state are unharmed.
             OSError: A transfer failed.
         """
-        self._check_open()
-        self._manager.check()
-        self._checkpointer.check_started()
+        self._check_usable("snapshot")
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ConfigError(f"keep must be the number of snapshots to keep, 1 or more, not {keep!r}")
         if directory is None and (self.config.durability == "scratch" or keep is not None):
@@ -269,7 +274,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 "name a directory: without one, snapshot() only commits, which durability='scratch' rules out"
             )
         place = None if directory is None else check_directory(directory)
-        self._checkpointer.snapshot(place, self.param_groups, self.extra if extra is None else extra, keep)
+        with self._alone("snapshot"):
+            self._manager.check()
+            self._checkpointer.check_started()
+            self._checkpointer.snapshot(place, self.param_groups, self.extra if extra is None else extra, keep)
 
     def restore(self, directory: str | os.PathLike[str] | None = None) -> Any:
         """Go back to the store's last commit or, with a ``directory``, to the snapshot there. Returns its ``extra``.
@@ -284,9 +292,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
             OSError: A transfer failed, or a StoreError later on: there is no room for copies of a snapshot's files. The
                 optimizer cannot be used before another ``restore()``.
         """
-        self._check_open()
+        self._check_usable("restore")
         place = None if directory is None else check_directory(directory)
-        self.extra = self._checkpointer.restore(place, self.param_groups)
+        with self._alone("restore"):
+            self.extra = self._checkpointer.restore(place, self.param_groups)
+            self._checkpointer.remove_remains()
         return self.extra
 
     def export_safetensors(self, file: str | os.PathLike[str]) -> None:
@@ -298,17 +308,18 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises:
             StoreError: There is no space for it. OSError: writing failed.
         """
-        self._check_open()
-        self._manager.check()
-        export_state(check_directory(file), self._pager, self._manager, self._inner.name, self.param_groups)
+        path = check_directory(file)
+        with self._alone("export_safetensors"):
+            self._manager.check()
+            export_state(path, self._pager, self._manager, self._inner.name, self.param_groups)
 
     def synchronize(self) -> None:
         """Wait for all that is under way: writes, and the commit where every step has one.
 
         Raises OSError where a transfer failed.
         """
-        self._check_open()
-        self._manager.synchronize()
+        with self._alone("synchronize"):
+            self._manager.synchronize()
 
     def close(self) -> None:
         """Finish what is under way, free the memory and let go of the folder. The optimizer cannot be used any more.
@@ -318,6 +329,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """
         if not self._shut_down.alive:
             return
+        self._check_alone("close")
         try:
             if not self._manager.has_failed:
                 self._manager.synchronize()
@@ -343,6 +355,31 @@ class OffloadOptimizer(torch.optim.Optimizer):
         weights = weight_bytes(groups) if self.config.holds_weights else 0
         slots = 1 if self.config.durability == "scratch" else 2
         check_space(folders, slots * (state_bytes(plans) + weights), stay)
+
+    @contextlib.contextmanager
+    def _alone(self, call: str) -> Iterator[None]:
+        """``call`` is under way: no other may begin before it has ended, and none where the optimizer is not open.
+
+        A signal handler runs between any two steps of what it interrupts, and what it found, half done, would be
+        committed.
+        """
+        self._check_usable(call)
+        try:
+            self._under_way = call
+            yield
+        finally:
+            self._under_way = ""
+
+    def _check_usable(self, call: str) -> None:
+        self._check_alone(call)
+        self._check_open()
+
+    def _check_alone(self, call: str) -> None:
+        if self._under_way:
+            raise OffloadError(
+                f"{call}() was called in the middle of {self._under_way}(), by a signal handler or another thread: set "
+                f"a flag there, and look at it when {self._under_way}() has returned"
+            )
 
     def _check_open(self) -> None:
         if not self._shut_down.alive:

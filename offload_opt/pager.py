@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -80,7 +80,7 @@ class ParameterPager:
         self.page_out_brought(groups)
         self.plan(groups, [key for key in active if key not in self.entries])
         update = UnitUpdate(self._inner, groups, self.epoch, self._scratch)
-        try:
+        with self._manager.failing():  # some parameters are updated, and others are not
             unpaged = {key: self.entries[key].resident for key in active if not self.entries[key].pieces}
             with_master = {key for key in unpaged if MASTER in self.entries[key].plan.template.names}
             for key, state in update.update_unpaged(unpaged, with_master, {key[0] for key in active}).items():
@@ -91,11 +91,8 @@ class ParameterPager:
                     self.entries[key].resident = dict(state)
             units = {unit: None for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
             self._manager.walk(units, update.update)
-        except BaseException as error:
-            self._manager.fail(error)  # some parameters are updated, and others are not
-            raise
-        update.finish(groups)
-        self.epoch += 1
+            update.finish(groups)
+            self.epoch += 1
 
     def bring(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
         """Take over state that the inner optimizer has in memory. It goes to the disk at the next step."""
@@ -122,16 +119,12 @@ class ParameterPager:
             return []
         plans = plan_parameters(self._inner, groups, keys, self._config)
         units = plan_units(plans, *self._config.memory, first_index=self._manager.next_index)
-        self._manager.add(units)
         parameters = parameters_of(groups)
-        self.entries.update((plan.key, Entry(plan, weakref.ref(parameters[plan.key]))) for plan in plans)
-        self._add_pieces(units)
+        new = {plan.key: Entry(plan, weakref.ref(parameters[plan.key])) for plan in plans}
+        _add_pieces(new, units)
+        self._manager.add(units)
+        self.entries.update(new)  # at once: an interrupt must not leave some of the pieces out
         return units
-
-    def _add_pieces(self, units: Sequence[SwapUnit]) -> None:
-        for unit in units:
-            for piece in unit.pieces:
-                self.entries[piece.key].pieces.append((unit, piece))
 
     def page_out_brought(self, groups: Sequence[dict[str, Any]]) -> None:
         """Store the state that was brought along: that of parameters which have none here yet.
@@ -158,14 +151,11 @@ class ParameterPager:
 
     def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
         """Drop all state, in the store and in memory, and store the given one."""
-        try:
+        with self._manager.failing():  # there is neither the old state nor the new one
             self.entries.clear()
             self._manager.forget_all()
             self.bring(groups, states)
             self.page_out_brought(groups)
-        except BaseException as error:
-            self._manager.fail(error)  # there is neither the old state nor the new one
-            raise
 
     def adopt(self, groups: Sequence[Mapping[str, Any]], states: Mapping[Key, Any], units: Sequence[SwapUnit]) -> None:
         """Drop all state in memory and take up that of ``units``, which the store has.
@@ -173,12 +163,12 @@ class ParameterPager:
         ``states`` gives each parameter's plan, and its state where there is nothing to page of it.
         """
         parameters = parameters_of(groups)
-        self.entries = {
+        entries = {
             key: Entry(plan, weakref.ref(parameters[key]), resident=resident)
             for key, (plan, resident) in states.items()
         }
-        self._brought = {}
-        self._add_pieces(units)
+        _add_pieces(entries, units)
+        self.entries, self._brought = entries, {}
 
     def stored_keys(self) -> list[Key]:
         """The parameters that have their place in the store, by their place in the groups."""
@@ -263,6 +253,12 @@ class ParameterPager:
                 f"{plan.name} is not what its state was laid out for any more: shape, stride, dtype and device were "
                 f"{planned} and are {now}. load_state_dict(state_dict()) lays the state out anew"
             )
+
+
+def _add_pieces(entries: Mapping[Key, Entry], units: Sequence[SwapUnit]) -> None:
+    for unit in units:
+        for piece in unit.pieces:
+            entries[piece.key].pieces.append((unit, piece))
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor]:
@@ -418,14 +414,8 @@ def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
             raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
 
 
-@overload
-def resident_from(template: StateTemplate, state: None) -> None: ...
-@overload
-def resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]: ...
-def resident_from(template: StateTemplate, state: ParameterState | None) -> dict[str, Any] | None:
+def resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]:
     """The small part of a given state, in the dtypes and on the devices that the optimizer itself uses."""
-    if state is None:
-        return None
     paged = {tensor.name for tensor in template.paged}
     resident = {}
     for name, value in state.items():

@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .config import format_bytes
@@ -87,13 +87,34 @@ class UnitSlots:
         self.slots[unit] = slots
         self._assigned[slots.folder] += unit.nbytes
 
-    def bring(self, unit: SwapUnit, record: UnitRecord, source: Path) -> FilePair:
-        """Take on a unit whose file is to come from ``source``. Returns what is to be linked or copied."""
-        nbytes = record.data_start + unit.nbytes
-        folder = self._folder_for(unit, nbytes, near=source)
-        file = UnitFile(self._new_path(folder, unit), record.checksum, shared=True)
-        self.add(unit, Slots(folder, record.data_start, file))
-        return FilePair(source, file.path, nbytes)
+    def bring(self, units: Mapping[SwapUnit, UnitRecord], source: Path) -> list[FilePair]:
+        """Take on units whose files are to come from the folder ``source``. Returns what is to be linked or copied.
+
+        Raises StoreError where the disks have no room for the copies.
+        """
+        device = source.stat().st_dev
+        near = [index for index, folder in enumerate(self._folders) if folder.stat().st_dev == device]
+        free = [free_bytes(folder) for folder in self._folders]
+        pairs = []
+        for unit, record in units.items():
+            nbytes = record.data_start + unit.nbytes
+            index: int | None
+            if near:  # links, which take no room
+                index = min(near, key=lambda index: self._assigned[index])
+            else:
+                index = least_loaded(nbytes, self._assigned, self._bandwidths, free)
+            if index is None:
+                raise self._no_space(unit, nbytes)
+            if not near:
+                there = self._folders[index].stat().st_dev
+                free = [
+                    room - nbytes if folder.stat().st_dev == there else room
+                    for room, folder in zip(free, self._folders, strict=True)
+                ]
+            file = UnitFile(self._new_path(index, unit), record.checksum, shared=True)
+            self.add(unit, Slots(index, record.data_start, file))
+            pairs.append(FilePair(source / record.file, file.path, nbytes))
+        return pairs
 
     def drop(self, unit: SwapUnit) -> Slots | None:
         """Give up a unit. The caller deletes its files."""
@@ -122,16 +143,20 @@ class UnitSlots:
         if left is not None and left is not file:
             self._release(slots, left)
 
-    def provide_spares(self, *, for_snapshot: bool = False) -> None:
+    def provide_spares(self, *, for_snapshot: Path | None = None) -> None:
         """Make the files that the next writes will need. Raises StoreError when a disk is full.
 
         A unit needs one to turn to when its current file is committed or shared, and another where the one that it
-        leaves cannot be its spare then because a snapshot has it. ``for_snapshot``: the current files are about to be.
+        leaves cannot be its spare then because a snapshot has it. ``for_snapshot``: the current files are about to be
+        linked there, those that can be.
         """
+        device = None if for_snapshot is None else for_snapshot.stat().st_dev
+        linked = [device is not None and folder.stat().st_dev == device for folder in self._folders]
         for unit, slots in self.slots.items():
+            is_linked = linked[slots.folder]
             stays = slots.current is slots.committed or slots.current.is_shared()
-            needed = int(self._durable or for_snapshot or stays)
-            if self._durable and (for_snapshot or (slots.committed and slots.committed.is_shared())):
+            needed = int(self._durable or is_linked or stays)
+            if self._durable and (is_linked or (slots.committed and slots.committed.is_shared())):
                 needed += 1
             while len(slots.spares) > needed:
                 slots.spares.pop().path.unlink()
@@ -198,17 +223,6 @@ class UnitSlots:
             file.path.unlink()
         else:
             slots.spares.append(file)
-
-    def _folder_for(self, unit: SwapUnit, nbytes: int, near: Path) -> int:
-        """The folder for a file that lies at ``near``: on the same device where there is one, else by bandwidth."""
-        device = near.stat().st_dev
-        there = [index for index, folder in enumerate(self._folders) if folder.stat().st_dev == device]
-        if there:
-            return min(there, key=lambda index: self._assigned[index])
-        index = least_loaded(nbytes, self._assigned, self._bandwidths, [free_bytes(folder) for folder in self._folders])
-        if index is None:
-            raise self._no_space(unit, nbytes)
-        return index
 
     def _no_space(self, unit: SwapUnit, nbytes: int) -> StoreError:
         rest = ", ".join(f"{format_bytes(free_bytes(folder))} are free in {folder}" for folder in self._folders)

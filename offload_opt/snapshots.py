@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from .config import format_bytes
 from .errors import StoreError
-from .folders import check_room, make_folder, rank_folder, sync_folder
+from .folders import LOCK, check_room, make_folder, rank_folder, sync_folder
 from .manifest import MANIFEST, Manifest, read_manifest
 
 _log = logging.getLogger(__name__)
@@ -53,8 +54,10 @@ def link_or_copy(pairs: Sequence[FilePair], what: str) -> set[Path]:
 
 def _copy_all(pairs: Sequence[FilePair], what: str) -> None:
     nbytes = sum(pair.nbytes for pair in pairs)
-    folder = pairs[0].target.parent
-    check_room(folder, nbytes, f"the {what}")
+    folders = {pair.target.parent: pair.target.parent.stat().st_dev for pair in pairs}
+    for folder, device in folders.items():
+        on_device = sum(pair.nbytes for pair in pairs if folders[pair.target.parent] == device)
+        check_room(folder, on_device, f"the {what}")
     _log.info(
         "%s: copying %s to %s, which is on another file system than the store", what, format_bytes(nbytes), folder
     )
@@ -103,21 +106,46 @@ class Snapshot:
         """Delete what a process that was killed has left of this snapshot, as it made it or as it deleted it."""
         _finish_deleting(self.place)
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            self._remove_partial()
             _remove_if_empty(self.place.parent)
 
     def __enter__(self) -> Path:
-        """The folder to fill. Raises StoreError where there is such a snapshot already."""
+        """The folder to fill. Raises StoreError where there is such a snapshot already, or another process makes it."""
         self.check()
         make_folder(self.place.parent)
         if self.folder.exists():  # left by a process that was killed
-            shutil.rmtree(self.folder)
-        for path in (self.folder, self.folder / "units"):
-            path.mkdir(mode=0o700)
+            self._remove_partial()
+        self.folder.mkdir(mode=0o700)
+        self._lock = self._take_lock()
+        (self.folder / "units").mkdir(mode=0o700)
         return self.folder
 
+    def _take_lock(self) -> int:
+        """Lock the folder that is being filled, for as long as the descriptor is open."""
+        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            problem = f"another process is making a snapshot in {self.place.parent}: name another folder"
+            raise StoreError(problem) from None
+        return fd
+
+    def _remove_partial(self) -> None:
+        lock = self._take_lock()
+        try:
+            shutil.rmtree(self.folder)
+        finally:
+            os.close(lock)
+
     def __exit__(self, failed: type[BaseException] | None, *rest: object) -> None:
-        if failed is not None:
+        try:
+            self._end(failed is None)
+        finally:
+            os.close(self._lock)
+
+    def _end(self, is_whole: bool) -> None:
+        if not is_whole:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another rank may be in it
                 for path in self._made:
@@ -138,6 +166,8 @@ def delete_older(directory: Path, manifest: Manifest, keep: int) -> list[Path]:
         if other.is_symlink():  # "latest", for example: another name of a snapshot, not one more
             continue
         folder = rank_folder(other, manifest.rank, manifest.world_size)
+        if (folder / LOCK).exists():  # a store, ours even, or the copy of one
+            continue
         _finish_deleting(folder)
         try:
             known = read_manifest(folder / MANIFEST)

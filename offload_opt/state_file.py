@@ -141,7 +141,7 @@ def _decode_range(
             if len(data) != part.nbytes:
                 raise OSError(errno.ENODATA, f"the file ends before the state of {piece.name} does")
             parts.append(torch.frombuffer(data, dtype=part.dtype))
-        values = torch.empty(end - begin)
+        values = torch.empty(end - begin, dtype=torch.float32)
         first, last = piece.start + begin, piece.start + end
         decode_run(piece, stored, parts, first, None if weight is None else weight[first:last], values)
         os.pwrite(target, bytes_of(values), offset + begin * values.itemsize)

@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
+from .commit import Commit
 from .errors import ConfigError, StoreError
-from .folders import lock, make_folder, remove_unfinished, sync_folder, unlock
+from .folders import LOCK, lock, make_folder, remove_unfinished, sync_folder, unlock
 from .manifest import (
     MANIFEST,
     PART,
@@ -50,9 +49,6 @@ from .units import StateTensor, SwapUnit
 
 if TYPE_CHECKING:
     from .aio import AioHandle, IoFuture
-
-# Flushes that run at once: the kernel makes one of those that wait for the same device.
-_SYNC_THREADS = 8
 
 # A forked child shares the lock's open file, and would hold the store after its parent has let go of it or has died.
 _open_stores: weakref.WeakSet[SwapStore] = weakref.WeakSet()
@@ -100,10 +96,8 @@ class SwapStore:
         self._checksum = checksum
         self._units = UnitSlots(self.folders, tuple(bandwidths) or (1.0,) * len(self.folders), durable)
         self._retired: list[Path] = []  # named by the last commit, and of units that are no longer wanted
-        self._commit: Future[None] | None = None
+        self._commit: Commit | None = None
         self._committing: dict[SwapUnit, UnitFile] = {}
-        self._executor: ThreadPoolExecutor | None = None
-        self._workers: set[int] = set()  # the threads that commits run on
         self._owner = os.getpid()
         locks: list[int] = []
         self._release_locks = weakref.finalize(self, unlock, locks, os.getpid())
@@ -111,7 +105,7 @@ class SwapStore:
             for folder in self.folders:
                 for path in (folder, folder / "units"):
                     make_folder(path)
-                fd, identity = lock(folder / "LOCK")
+                fd, identity = lock(folder / LOCK)
                 locks.append(fd)
                 if folder == self.folders[0]:
                     self.identity = identity
@@ -155,6 +149,10 @@ class SwapStore:
                     self._retired.append(file.path)
                 else:
                     file.path.unlink(missing_ok=True)
+
+    def forget_all(self) -> None:
+        """Forget every unit, also one that nobody else knows of, since its making was interrupted."""
+        self.forget(list(self._units.slots))
 
     def retire_all(self) -> None:
         """Once all units are forgotten: what the last commit names goes with the next one, all else now.
@@ -224,27 +222,15 @@ class SwapStore:
         """Commit the newest bytes of every unit, beside the caller, once ``writes`` have ended."""
         self.finish_commit()
         self._committing = {unit: slots.current for unit, slots in self._units.slots.items()}
-        if self._executor is None:
-            workers = self._workers
-            self._executor = ThreadPoolExecutor(
-                _SYNC_THREADS + 1, "offload_opt-commit", initializer=lambda: workers.add(threading.get_ident())
-            )
-        try:
-            self._commit = self._executor.submit(self._bring_to_device, manifest, list(writes))
-        except RuntimeError:  # the interpreter is about to end, and starts no more threads
-            commit: Future[None] = Future()
-            try:
-                self._bring_to_device(manifest, writes)
-                commit.set_result(None)
-            except Exception as error:
-                commit.set_exception(error)
-            self._commit = commit
+        # Kept before it is started: an interrupt must not leave a commit running that nobody knows of.
+        self._commit = Commit(lambda commit: self._bring_to_device(commit, manifest, list(writes)))
+        self._commit.start()
 
     def finish_commit(self) -> None:
         """Wait for a commit that is under way. Raises OSError where it failed: the commit before it holds then."""
         if self._commit is None:
             return
-        self._commit.result()  # one that failed stays, and says so each time: what is on disk is in doubt
+        self._commit.wait()  # one that failed stays, and says so each time: what is on disk is in doubt
         while self._committing:  # an interrupt at any point leaves the rest to the next call
             unit, file = next(iter(self._committing.items()))
             self._units.commit(unit, file)
@@ -257,27 +243,21 @@ class SwapStore:
 
     def give_up_commit(self) -> None:
         """Once its units are forgotten: a commit that failed is no longer in the way."""
-        if self._commit is not None and self._commit.done():
+        if self._commit is not None and self._commit.is_done:
             self._commit, self._committing = None, {}
 
     def abandon_commit(self) -> None:
         """Wait for a commit that is under way, whatever comes of it."""
-        if threading.get_ident() in self._workers:
-            return  # garbage collection, on one of the commit's own threads, closes the store: it would wait for itself
-        with contextlib.suppress(OSError, StoreError):
+        if self._commit is not None and self._commit.is_this_thread:
+            return  # garbage collection, on one of its own threads, closes the store: it would wait for itself
+        with contextlib.suppress(Exception):
             self.finish_commit()
 
-    def _bring_to_device(self, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
+    def _bring_to_device(self, commit: Commit, manifest: Manifest, writes: Sequence[IoFuture]) -> None:
         """On a thread of its own. Nothing that it looks at is changed before finish_commit()."""
         for write in writes:
             write.wait()
-        files = [file for file in self._committing.values() if not file.synced]
-        assert self._executor is not None
-        try:
-            list(self._executor.map(UnitFile.bring_to_device, files))
-        except RuntimeError:  # the interpreter is about to end, and takes no more work for threads
-            for file in files:
-                file.bring_to_device()
+        commit.each(file.bring_to_device for file in self._committing.values() if not file.synced)
         for index, folder in enumerate(self.folders):
             if self._units.names_changed:
                 sync_folder(folder / "units")
@@ -310,21 +290,28 @@ class SwapStore:
             f"call restore(), which goes back to the last commit, of epoch {self.committed.epoch}{weights}; or {load}"
         )
 
+    def bring_to_device(self) -> None:
+        """Bring the newest bytes of every unit, all of them written, to the device.
+
+        Raises OSError where that failed: the bytes are lost then, and to ask again would seem to succeed.
+        """
+        for slots in self._units.slots.values():
+            slots.current.bring_to_device()
+
     def snapshot(self, folder: Path, manifest: Manifest) -> None:
-        """Fill ``folder`` with the newest bytes of every unit, all of them written, and a manifest.
+        """Fill ``folder`` with the newest bytes of every unit, all of them on the device, and a manifest.
 
         Raises:
             StoreError: There is no space for the files that take the place of those that the snapshot shares.
             OSError: Linking or copying failed.
         """
         try:
-            self._units.provide_spares(for_snapshot=True)
+            self._units.provide_spares(for_snapshot=folder)
         except BaseException:
             self._units.provide_spares()  # without those that were made
             raise
         pairs = []
         for unit, slots in self._units.slots.items():
-            slots.current.bring_to_device()
             target = folder / "units" / slots.current.path.name
             pairs.append(FilePair(slots.current.path, target, slots.data_start + unit.nbytes))
         linked = link_or_copy(pairs, "snapshot")
@@ -353,9 +340,8 @@ class SwapStore:
     def bring(self, units: Mapping[SwapUnit, UnitRecord], source: Path) -> None:
         """Take up units from the snapshot folder ``source``: by links, or by copies from another file system."""
         try:
-            files = ((unit, record, source / "units" / record.file) for unit, record in units.items())
-            link_or_copy([self._units.bring(unit, record, file) for unit, record, file in files], "restore")
-            self._units.provide_spares(for_snapshot=True)
+            link_or_copy(self._units.bring(units, source / "units"), "restore")
+            self._units.provide_spares(for_snapshot=source)
         except BaseException:
             self.forget(list(units))
             raise
@@ -389,13 +375,11 @@ class SwapStore:
         if self._owner != os.getpid():  # a child has the locks' files, but not the threads
             self._release_locks()
             return
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-        release = self._release_locks
         if self._commit is None:
-            release()
+            self._release_locks()
         else:
-            self._commit.add_done_callback(lambda _: release())
+            self._commit.cancel()
+            self._commit.when_done(self._release_locks)
 
     # Helpers.
 

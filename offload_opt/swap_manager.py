@@ -15,10 +15,11 @@ forward and backward in between, which leaves as many for the step itself, and m
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -112,11 +113,8 @@ class SwapManager:
             return
         if self._ring_matches(order[::-1]):
             order.reverse()
-        try:
+        with self.failing():
             self._walk(order, visit)
-        except BaseException as error:
-            self.fail(error)
-            raise
 
     def flush(self) -> None:
         """Start to write what is in memory only. It stays there, too."""
@@ -143,7 +141,7 @@ class SwapManager:
         Returns when all are filled; transfers go on. Raises what a transfer or ``fill`` raised.
         """
         self.check()
-        try:
+        with self.failing():
             while units and self._ring and self._pool.free < min(_WRITE_BUFFERS, self._pool.capacity):
                 self._evict_last()
             for unit in units:
@@ -159,9 +157,6 @@ class SwapManager:
                 unit.move_to(UnitState.WRITING)
                 self._write(unit, taken)
                 self._pool.give_back(taken)
-        except BaseException as error:
-            self.fail(error)
-            raise
 
     def writes(self) -> list[IoFuture]:
         """The writes that may still be under way."""
@@ -198,6 +193,15 @@ class SwapManager:
         """Note that the state on disk is incomplete because of ``error``. The first error stays."""
         self._failure = self._failure or error
 
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """What is begun here is done whole, or the state is incomplete: whatever is raised, an interrupt too."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
     def forget(self, units: Sequence[SwapUnit]) -> None:
         """Drop some units, none of which is in the ring, and their files."""
         self.synchronize()
@@ -207,9 +211,12 @@ class SwapManager:
         self._stats.state_bytes -= sum(unit.nbytes for unit in units)
 
     def forget_all(self) -> None:
-        """Drop every unit and its file, failed or not: a fresh start. What the last commit names stays."""
+        """Drop every unit and its file, failed or not: a fresh start. What the last commit names stays.
+
+        Of ``failing`` callers: until it has returned there is no state.
+        """
         self._abandon()
-        self._store.forget(self.units)
+        self._store.forget_all()
         self._store.give_up_commit()
         self.units.clear()
         self._stats.state_bytes = 0
@@ -308,11 +315,8 @@ class SwapManager:
         return not unit.is_blank
 
     def _write(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
-        try:
+        with self.failing():
             buffer.last_use = self._writes[unit] = self._store.write(unit, buffer.data)
-        except BaseException as error:
-            self.fail(error)
-            raise
         unit.is_dirty, unit.is_blank = False, False
         self._stats.bytes_written += unit.nbytes
 

@@ -31,17 +31,18 @@ class Scratch:
     """fp32 memory for the time of a batch. On the CPU it is kept: what malloc takes back costs page faults."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32)
         self._used = 0
 
     def take(self, numel: int, device: torch.device) -> torch.Tensor:
         """1-D, of ``numel`` elements, with whatever is in there."""
         if device.type != "cpu":
-            return torch.empty(numel, device=device)
+            return torch.empty(numel, dtype=torch.float32, device=device)
         start = self._used
         self._used += -(-numel // 16) * 16  # whole cache lines
         if self._used > len(self._memory):
-            self._memory = torch.empty(2 * self._used)  # what was taken keeps the memory from before
+            # What was taken keeps the memory from before.
+            self._memory = torch.empty(2 * self._used, dtype=torch.float32)
         return self._memory[start : start + numel]
 
     def reset(self) -> None:
@@ -189,6 +190,12 @@ class UnitUpdate:
             chunk.state.update(views)
             chunk.state.update({name: value for name, value in chunk.decoded.items() if name != MASTER})
         return chunk
+
+    def _cast(self, grad: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """The gradient in fp32, laid out as ``own`` where that has no gaps."""
+        cast = self._scratch.take(own.numel(), own.device)
+        cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
+        return cast.copy_(grad)
 
     def _update_batch(self, batch: list[_Chunk]) -> None:
         if not batch:

@@ -84,3 +84,10 @@ def test_resume_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None
     for what in ("all 12 losses", "weights at the end", "optimizer state at the end"):
         assert re.search(rf"{what} .*bit-equal", table), table
     assert not list((tmp_path / "drive").iterdir())
+
+
+def test_what_does_not_fit_into_memory_is_trained_offloaded(tmp_path: Path) -> None:
+    options = ["--memory", "900MiB", "--layers", "4", "--width", "1024", "--steps", "2", "--host-memory", "32MiB"]
+    table = run(sys.executable, EXAMPLES / "beyond_memory.py", tmp_path / "drive", *options)
+    assert re.search(r"steps +│ +[01] of 2, killed │ +2 of 2", table), table
+    assert not list((tmp_path / "drive").iterdir())

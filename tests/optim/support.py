@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from offload_opt import OffloadOptimizer
+from offload_opt import OffloadOptimizer, verification
+from offload_opt.inspection import find_ranks
 from tests.conftest import seed
 
 HOST_MEMORY = "200KiB"
@@ -119,3 +120,9 @@ def parameters(*sizes: int) -> list[torch.nn.Parameter]:
     for parameter in result:
         parameter.grad = torch.randn_like(parameter)
     return result
+
+
+def check_commit(store: Path) -> None:
+    """Every byte that the last commit names is what was written."""
+    (report,) = verification.verify(find_ranks([store]), lambda *_: None)
+    assert report.is_whole, report

@@ -159,6 +159,24 @@ def test_a_state_without_masters_takes_them_from_the_parameters(store: Path) -> 
     run.check()
 
 
+def test_whatever_the_default_dtype_is(store: Path) -> None:
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        parameter = torch.nn.Parameter(torch.randn(50_000))
+        fields = {"state_dtype": "int8", "master_weights": True, "host_memory": HOST_MEMORY}
+        with OffloadOptimizer(O.AdamW([parameter]), store, **fields) as optimizer:
+            for _ in range(2):
+                parameter.grad = torch.randn_like(parameter)
+                optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            assert optimizer.state[parameter]["exp_avg"].dtype is torch.float32
+            optimizer.snapshot()
+            optimizer.restore()
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_parameters_of_full_precision_have_no_master(store: Path) -> None:
     run = Masters(O.AdamW, {}, store, torch.float32, SHAPES)
     for _ in range(2):

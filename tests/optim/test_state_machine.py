@@ -1,7 +1,8 @@
 """Any order of steps, commits, snapshots, restores and reopenings, against the plain optimizer in memory.
 
 The model is the plain optimizer on its own parameters, and deep copies of it for whatever was committed. All
-comparisons are bit for bit. OFFLOAD_OPT_EXAMPLES is the number of runs.
+comparisons are bit for bit. In some runs the offloaded parameters are bf16 with masters, which are the model's own.
+OFFLOAD_OPT_EXAMPLES is the number of runs.
 """
 
 from __future__ import annotations
@@ -65,11 +66,16 @@ class Training(RuleBasedStateMachine):
         name=st.sampled_from(sorted(OPTIMIZERS)),
         durability=st.sampled_from(["snapshot", "step", "scratch"]),
         persist_params=st.booleans(),
+        masters=st.booleans(),
         memory=MEMORY,
     )
-    def start(self, name: str, durability: str, persist_params: bool, memory: tuple[str, str | None]) -> None:
+    def start(
+        self, name: str, durability: str, persist_params: bool, masters: bool, memory: tuple[str, str | None]
+    ) -> None:
         self.name = name
-        self.fields = {"durability": durability, "persist_params": persist_params}
+        self.fields = {"durability": durability, "persist_params": persist_params, "master_weights": masters}
+        self.dtype = torch.bfloat16 if masters else torch.float32
+        self.holds_weights = persist_params or masters
         self.generator = torch.Generator().manual_seed(seed())
         parameters = [torch.nn.Parameter(self.random(shape)) for shape in SHAPES]
         if name == "adafactor":
@@ -84,7 +90,8 @@ class Training(RuleBasedStateMachine):
     # Helpers.
 
     def random(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator)
+        """What the offloaded parameters can hold."""
+        return torch.randn(shape, generator=self.generator).to(self.dtype).float()
 
     def make(self, groups: Any) -> torch.optim.Optimizer:
         optimizer = OPTIMIZERS[self.name](groups)
@@ -94,8 +101,10 @@ class Training(RuleBasedStateMachine):
 
     def open(self, memory: tuple[str, str | None]) -> None:
         """As in a new process: new parameters with other values, a new inner optimizer."""
+        if self.name == "adafactor" and self.fields["master_weights"]:
+            memory = ("400KiB", None)  # which updates a parameter whole
         groups = [
-            {**group, "params": [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]}
+            {**group, "params": [torch.nn.Parameter(p.detach().clone().to(self.dtype)) for p in group["params"]]}
             for group in self.plain.param_groups
         ]
         self.offloaded = OffloadOptimizer(
@@ -118,7 +127,7 @@ class Training(RuleBasedStateMachine):
         """The model goes back; where the store has no weights, they are the user's business."""
         for (plain, own), weight in zip(self.pairs(), epoch.weights, strict=True):
             plain.data.copy_(weight)
-            if not self.fields["persist_params"]:
+            if not self.holds_weights:
                 own.data.copy_(weight)
         self.plain.load_state_dict(copy.deepcopy(epoch.state))
         self.epoch = epoch.number
@@ -139,7 +148,7 @@ class Training(RuleBasedStateMachine):
             plain.grad = own.grad = None
             if index in chosen:
                 plain.grad = self.random(tuple(plain.shape))
-                own.grad = plain.grad.clone()
+                own.grad = plain.grad.clone().to(self.dtype)
         for group in [*self.plain.param_groups, *self.offloaded.param_groups]:
             if not isinstance(group["lr"], torch.Tensor):
                 group["lr"] = lr
@@ -214,6 +223,8 @@ class Training(RuleBasedStateMachine):
         # A run without a commit starts over.
         state = copy.deepcopy(self.plain.state_dict())
         self.plain.load_state_dict({**state, "state": {}})
+        for plain, own in self.pairs():
+            plain.data.copy_(own)  # masters are gone
         self.epoch = 0
         self.offloaded.extra = {}
 
@@ -221,7 +232,7 @@ class Training(RuleBasedStateMachine):
     @rule(shape=st.sampled_from([(3_000,), (7, 5), ()]))
     def add_param_group(self, shape: tuple[int, ...]) -> None:
         plain = torch.nn.Parameter(self.random(shape))
-        own = torch.nn.Parameter(plain.detach().clone())
+        own = torch.nn.Parameter(plain.detach().clone().to(self.dtype))
         for optimizer, parameter in ((self.plain, plain), (self.offloaded, own)):
             optimizer.add_param_group({"params": [parameter], "weight_decay": 0.2})
 
@@ -232,7 +243,14 @@ class Training(RuleBasedStateMachine):
         source = data.draw(st.sampled_from([None, *known]))
         state = (self.here() if source is None else self.snapshots[source]).state
         self.plain.load_state_dict(copy.deepcopy(state))
-        self.offloaded.load_state_dict(copy.deepcopy(state))
+        given = copy.deepcopy(state)
+        if self.fields["master_weights"]:
+            for index, (plain, own) in enumerate(self.pairs()):
+                if index in given["state"]:
+                    given["state"][index]["master"] = plain.detach().clone()
+                else:
+                    plain.data.copy_(own)  # without state there is no master
+        self.offloaded.load_state_dict(given)
 
     # What always holds.
 
@@ -241,8 +259,14 @@ class Training(RuleBasedStateMachine):
         if self.must_decide:
             return
         for index, (plain, own) in enumerate(self.pairs()):
-            assert bits_equal(plain, own), f"parameter {index}, seed {seed()}"
-        assert_same_state(self.plain.state_dict(), self.offloaded.state_dict())
+            assert bits_equal(plain.to(self.dtype), own), f"parameter {index}, seed {seed()}"
+        actual = self.offloaded.state_dict()
+        for index, (plain, _) in enumerate(self.pairs()):
+            if "master" in actual["state"].get(index, {}):
+                assert bits_equal(actual["state"][index].pop("master"), plain), f"master {index}, seed {seed()}"
+                if not actual["state"][index]:
+                    del actual["state"][index]  # of an optimizer that keeps nothing else
+        assert_same_state(self.plain.state_dict(), actual)
         assert self.offloaded.epoch == self.epoch
 
     def teardown(self) -> None:

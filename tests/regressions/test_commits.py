@@ -6,28 +6,22 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from offload_opt import ConfigError, OffloadOptimizer, StepFailedError, StoreError, verification
-from offload_opt.folders import free_bytes
-from offload_opt.inspection import find_ranks
+from offload_opt import ConfigError, OffloadError, StepFailedError, StoreError
+from offload_opt.manifest import write_manifest
 from offload_opt.slots import UnitSlots
 from offload_opt.store import SwapStore
 from tests import scripts
-from tests.optim.support import HOST_MEMORY, SHAPES, Pair, Resumed, adam, assert_same_state, bits_equal
+from tests.optim.support import SHAPES, Pair, Resumed, adam, assert_same_state, check_commit
 
 RANK = "rank-00000-of-00001"
-
-
-def check_commit(store: Path) -> None:
-    (report,) = verification.verify(find_ranks([store]), lambda *_: None)
-    assert report.is_whole, report
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException) -> None:
@@ -207,165 +201,150 @@ def test_a_commit_when_the_interpreter_ends(store: Path) -> None:
     check_commit(store)
 
 
-# Whose files are whose.
-
-
-def test_keep_does_not_take_a_link_for_one_more_snapshot(pair: Pair, tmp_path: Path) -> None:
-    parent = tmp_path / "snaps"
-    for name in ("1", "2"):
-        pair.step()
-        pair.offloaded.snapshot(parent / name, keep=2)
-        if name == "1":
-            (parent / "latest").symlink_to(parent / "1")
-    assert sorted(path.name for path in parent.iterdir()) == ["1", "2", "latest"]
-    assert (parent / "latest" / RANK / "MANIFEST.json").exists()
-
-
-@pytest.mark.parametrize("durability", ["snapshot", "scratch"])
-def test_keep_leaves_alone_what_another_run_made_from_the_same_snapshot(
-    pair: Pair, tmp_path: Path, durability: str
+def test_an_interrupt_as_a_commit_begins_does_not_leave_one_running_that_nobody_waits_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Both were taken for one run, and each deleted the other's snapshots.
-    parent = tmp_path / "snaps"
+    # The next step wrote into the files that it was about to name.
     pair.step()
-    pair.offloaded.snapshot(parent / "origin")
-    branches = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        branch = Pair(adam, tmp_path / name, SHAPES, durability=durability)
-        branch.offloaded.restore(parent / "origin")
-        branches.append(branch)
-    for number in ("1", "2", "3"):
-        for name, branch in zip("ab", branches, strict=True):
-            branch.set_gradients()
-            branch.offloaded.step()
-            branch.offloaded.snapshot(parent / f"{name}{number}", keep=2)
-    assert sorted(path.name for path in parent.iterdir()) == ["a2", "a3", "b2", "b3", "origin"]
-    # A run that goes on in its own store, from a snapshot of its own, is the same run as before.
-    branches[0].offloaded.close()
-    again = Pair(adam, tmp_path / "a", SHAPES, durability=durability)
-    again.offloaded.restore(parent / "a3")
-    again.offloaded.snapshot(parent / "a4", keep=2)
-    assert sorted(path.name for path in parent.iterdir()) == ["a3", "a4", "b2", "b3", "origin"]
+    start = threading.Thread.start
+    gate = threading.Event()
 
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "offload_opt-commit":
+            monkeypatch.setattr(threading.Thread, "start", start)
+            raise KeyboardInterrupt
 
-@pytest.mark.parametrize(("shapes", "without"), [([(13_137,), (13_300,)], [0]), ([(16_387,), (4_683,)], [1])])
-def test_names_of_files_are_not_used_twice_in_several_folders(
-    tmp_path: Path, shapes: list[tuple[int, ...]], without: list[int]
-) -> None:
-    # Units get new numbers after a restore, and their files names that were free in their own folder only: a snapshot,
-    # which has the files of all folders in one, failed.
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    pair = Resumed(adam, folders, shapes, unit_size="16KiB")
-    pair.step(without)
-    pair.step()  # the units of the other parameter come behind those of the weights
-    for number in range(3):
-        pair.reopen()
-        pair.step()
-        pair.offloaded.snapshot(tmp_path / f"snap {number}")
-        pair.check()
-        names = [file.name for folder in folders for file in folder.glob("*/units/*")]
-        assert len(set(names)) == len(names)
+    def slow(path: Path, manifest: Any) -> None:
+        gate.wait(1)
+        write_manifest(path, manifest)
 
-
-def test_names_that_are_on_other_places_are_refused(store: Path) -> None:
-    # Parameters of one shape got each other's state.
-    def make(*names: str) -> OffloadOptimizer:
-        named = [(name, torch.nn.Parameter(torch.ones(500))) for name in names]
-        for number, (_, parameter) in enumerate(named):
-            parameter.grad = torch.full_like(parameter, float(number))
-        return OffloadOptimizer(adam(named), store, host_memory=HOST_MEMORY)
-
-    with make("first", "second") as optimizer:
-        optimizer.step()
-        optimizer.snapshot()
-    with make("second", "first") as optimizer:
-        with pytest.raises(ConfigError, match="the order that they had"):
-            optimizer.restore()
-        assert len(optimizer.state) == 0
-    with make("module.first", "module.second") as optimizer:  # renamed: the places say which is which
-        optimizer.restore()
-        assert bits_equal(optimizer.state_dict()["state"][0]["exp_avg"], torch.zeros(500))
-
-
-# Space and memory.
-
-
-def test_files_that_stay_are_not_counted_as_free(small_disk: Path) -> None:
-    # There seemed to be room for state that then did not fit, when the old one was gone already.
-    pair = Pair(adam, small_disk, [(30_000,)], host_memory="300KiB")  # twice 240 KiB
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr("offload_opt.store.write_manifest", slow)
+    with pytest.raises(KeyboardInterrupt):
+        pair.offloaded.snapshot()
     pair.step()
-    saved = pair.offloaded.state_dict()
-    then = {name: value.clone() for name, value in saved["state"][0].items()}
-    taken = {"state": {0: then}, "param_groups": saved["param_groups"]}
-    del saved
+    check_commit(pair.offloaded_folder)
+    assert pair.offloaded.committed_epoch == 1
     pair.offloaded.snapshot()
-    (small_disk / "filler").write_bytes(bytes(400 << 10))
-    with pytest.raises(ConfigError, match=r"the last commit keeps 2\d\d\.\d KiB until the next one"):
-        pair.offloaded.load_state_dict(taken)
-    (small_disk / "filler").unlink()  # a state_dict() needs some room
-    pair.check()  # nothing has been touched
+    check_commit(pair.offloaded_folder)
+    pair.check()
+
+
+def test_a_commit_runs_once_where_no_thread_can_be_started(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It ran in place, and once more when a thread could be started later: an old manifest replaced the new one.
+    pair = Resumed(adam, store, SHAPES)
+    put: list[int] = []
+
+    def spy(path: Path, manifest: Any) -> None:
+        put.append(manifest.epoch)
+        write_manifest(path, manifest)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("offload_opt.store.write_manifest", spy)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            pair.step()
+            pair.offloaded.synchronize()
+    for _ in range(2):
+        pair.step()
+        pair.offloaded.synchronize()
+    assert put == [1, 2, 3, 4]
+    check_commit(store)
+    pair.reopen()
+    pair.check()
+
+
+def test_a_restore_that_was_interrupted_is_a_failure(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What was in memory only was gone by then, and the next step went on from what the files had.
+    pair = Resumed(adam, store, SHAPES, host_memory="2MiB", durability="snapshot")
+    pair.step()
+    pair.offloaded.snapshot()
+    pair.offloaded.step()
+    for owner, name in ((SwapStore, "forget"), (SwapStore, "retire_all"), (SwapStore, "adopt")):
+        fail_once(monkeypatch, owner, name, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            pair.offloaded.restore()
+        with pytest.raises(StepFailedError):
+            pair.offloaded.step()
+    pair.offloaded.restore()
+    pair.check()
     pair.step()
     pair.check()
 
-    pair.offloaded.snapshot(small_disk / "snap")
-    pair.offloaded.close()
-    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - (40 << 10)))
-    with pytest.raises(ConfigError, match="too small for the optimizer state"):  # what a snapshot has is not free
-        Pair(adam, small_disk, [(38_000,)], host_memory="300KiB", discard=True)
 
-
-@pytest.mark.parametrize("name", ["MANIFEST.json", "PART.json"])
-def test_a_damaged_store_can_be_discarded(tmp_path: Path, name: str) -> None:
-    # The damage was refused before discard=True was looked at.
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    pair = Resumed(adam, folders, SHAPES)
-    pair.step()
-    pair.offloaded.close()
-    (damaged,) = tmp_path.glob(f"*/*/{name}")
-    damaged.write_text("{")
-    with pytest.raises(StoreError, match="damaged"):
-        pair.reopen()
-    pair.reopen(restore=False, discard=True)
+def test_an_interrupt_as_a_place_is_planned_leaves_no_half_of_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A parameter had some of its pieces only: steps updated a part of it, and a commit could not be read.
+    fail_once(monkeypatch, SwapStore, "create", KeyboardInterrupt())
     pair.set_gradients()
+    with pytest.raises(KeyboardInterrupt):
+        pair.offloaded.step()
+    pair.plain.step()
     pair.offloaded.step()
-    pair.offloaded.synchronize()
-    assert pair.offloaded.committed_epoch == 1
-    pair.reopen()
+    pair.offloaded.snapshot()
+    check_commit(pair.offloaded_folder)
+    pair.check()
 
 
-def test_a_store_with_larger_units_is_restored_within_host_memory(store: Path) -> None:
-    # Checking and reading took two buffers of the size that the units had where they were written.
-    script = """
-        import re, sys, threading, time, torch, offload_opt
-        from pathlib import Path
-        def anonymous():
-            return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-        p = torch.nn.Parameter(torch.zeros(24 << 20))  # 96 MiB
-        def make(**fields):
-            fields = {"persist_params": True, "checksum": "read", **fields}
-            return offload_opt.OffloadOptimizer(torch.optim.SGD([p], lr=0.1, momentum=0.9), sys.argv[1], **fields)
-        with make(host_memory="384MiB", unit_size="128MiB") as optimizer:
-            p.grad = torch.ones_like(p)
-            optimizer.step()
-            optimizer.snapshot()
-        p.grad = None
-        peak, ended = 0, threading.Event()
-        def watch():
-            global peak
-            while not ended.wait(0.0005):
-                peak = max(peak, anonymous())
-        before = anonymous()
-        with make(host_memory="12MiB") as optimizer:
-            watcher = threading.Thread(target=watch)
-            watcher.start()
-            optimizer.restore()
-            ended.set()
-            watcher.join()
-        print(peak - before)
-    """
-    assert int(scripts.run_well(script, store).stdout) < 12 + 32 << 20
+def test_a_call_in_the_middle_of_a_step_is_refused(store: Path, tmp_path: Path) -> None:
+    # A handler's snapshot() replaced the last commit by half of a step.
+    pair = Resumed(adam, store, SHAPES, durability="snapshot")
+    pair.step()
+    pair.offloaded.snapshot()
+    problems: list[str] = []
+    calls: list[Any] = [
+        lambda: pair.offloaded.snapshot(tmp_path / "snap"),
+        pair.offloaded.restore,
+        pair.offloaded.step,
+        pair.offloaded.state_dict,
+        pair.offloaded.close,
+        lambda: pair.offloaded.load_state_dict({"state": {}, "param_groups": pair.plain.state_dict()["param_groups"]}),
+    ]
+
+    def handler(*_: Any) -> None:
+        for call in calls:
+            try:
+                call()
+            except OffloadError as error:
+                problems.append(str(error))
+
+    inner = pair.offloaded.optimizer
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        inner.param_groups[0]["betas"] = _Signalling((0.9, 0.999))
+        pair.step()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(problems) == len(calls)
+    assert all("in the middle of step(), by a signal handler" in problem for problem in problems)
+    inner.param_groups[0]["betas"] = (0.9, 0.999)
+    pair.check()
+    pair.step()
+    pair.check()
+
+
+class _Signalling(tuple):  # type: ignore[type-arg]
+    """Options that send a signal, the first time that an update looks at them."""
+
+    sent = False
+
+    def __iter__(self) -> Any:
+        if not _Signalling.sent:
+            _Signalling.sent = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().__iter__()
+
+
+def test_a_snapshot_that_did_not_reach_the_device_does_not_succeed_when_it_is_asked_for_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(adam, store, SHAPES, durability="scratch")
+    pair.step()
+    fail_once(monkeypatch, os, "fdatasync", eio())
+    with pytest.raises(OSError, match="Input/output"):
+        pair.offloaded.snapshot(tmp_path / "snap")
+    with pytest.raises(StepFailedError):
+        pair.offloaded.snapshot(tmp_path / "snap")

