@@ -6,8 +6,8 @@
 The GPT of examples/gpt.py learns the sources of Python's standard library; the last tenth of them is never trained on,
 and gives the validation loss. Compared are torch's AdamW on fp32 parameters; ours with exact, bf16 and int8 state, on
 bf16 parameters with fp32 masters (or, with ``--dtype fp32``, on fp32 parameters); bitsandbytes' 8-bit AdamW on fp32
-parameters, where it is installed (`pip install --no-deps bitsandbytes`); and, as a check that a loss of precision can be
-seen here at all, torch's AdamW on bf16 parameters that have no masters.
+parameters, where it is installed (`pip install --no-deps bitsandbytes`); and, as a check that lost precision would be
+seen here, torch's AdamW on bf16 parameters that have no masters.
 
 The same seed is the same initial weights and the same batches for everybody. Each run has a process and one thread; the
 contenders take turns within a seed. Validation is in fp32, of the weights that the model was trained with.
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=positive, default=8)
     add("--context", type=positive, default=48)
     add("--lr", type=float, default=1e-3, help="the highest; it warms up and decays")
-    add("--points", type=positive, default=50, help="of the training curve: each is the mean over the steps since the last")
+    add("--points", type=positive, default=50, help="of the training curve: means over the steps between them")
     add("--validation-batches", type=positive, default=40, help="of 32 sequences")
     add("--jobs", type=positive, default=2, help="runs at a time, with a thread each")
     add("--folder", help="for the state; else a temporary one")
@@ -208,8 +208,14 @@ def show(console: Console, found: dict[str, Any], title: str) -> None:
     table = Table(title=title)
     table.add_column("", no_wrap=True)
     table.add_column("parameters", no_wrap=True)
-    for column in ("validation loss", "spread", "- torch AdamW", "- ours, exact", "worse than it"):
-        table.add_column(column, justify="right")
+    for column in (
+        "validation\nloss",
+        "spread",
+        "less that of\ntorch AdamW",
+        "less that of\nours, exact",
+        "worse\nthan it",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, row in found.items():
         seeds = row["to_exact"]["seeds"]
         table.add_row(
