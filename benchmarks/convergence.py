@@ -10,7 +10,8 @@ parameters, where it is installed (`pip install --no-deps bitsandbytes`); and, a
 seen here, torch's AdamW on bf16 parameters that have no masters.
 
 The same seed is the same initial weights and the same batches for everybody. Each run has a process and one thread; the
-contenders take turns within a seed. Validation is in fp32, of the weights that the model was trained with.
+contenders take turns within a seed. Validation is in fp32, of the weights that the model was trained with. After Ctrl-C
+the seeds that were finished are reported.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import itertools
 import logging
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -159,24 +161,34 @@ def thinned(losses: list[float], points: int) -> list[float]:
     return [round(statistics.mean(losses[i : i + length]), 5) for i in range(0, len(losses) - length + 1, length)]
 
 
+def deaf() -> None:
+    """A worker's run is not ended by Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def measure(args: argparse.Namespace, console: Console) -> dict[str, list[dict[str, Any]]]:
     """The runs of each contender, by seed."""
     names = list(contenders(args.dtype))
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
-    with Progress(transient=True, console=console) as progress, ProcessPoolExecutor(args.jobs, context) as pool:
+    with Progress(transient=True, console=console) as progress, ProcessPoolExecutor(args.jobs, context, deaf) as pool:
         bar = progress.add_task("training", total=len(names) * args.seeds)
         started = {pool.submit(train, args, name, seed): (name, seed) for seed in range(args.seeds) for name in names}
         try:
             for future in as_completed(started):
                 name, seed = started[future]
-                run = runs[name, seed] = future.result()
+                run = future.result()
                 console.print(f"seed {seed}, {name}: {run['validation']:.4f} in {run['seconds']:.0f} s")
                 progress.advance(bar)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # waits for the runs that are under way
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: [runs[name, seed] for seed in range(args.seeds)] for name in names}
+    runs = {key: future.result() for future, key in started.items() if not future.cancelled()}
+    finished = [seed for seed in range(args.seeds) if all((name, seed) in runs for name in names)]
+    if not finished:
+        raise SystemExit("no seed was finished")
+    return {name: [runs[name, seed] for seed in finished] for name in names}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -252,7 +264,7 @@ def main() -> None:
     runs = measure(args, console)
     found = summary(args, runs)
     parameters = sum(p.numel() for p in GPT(args.layers, args.width, args.width // HEAD, args.context).parameters())
-    what = f"GPT of {parameters / 1e6:.2g} M parameters, {args.steps} steps, {args.seeds} seeds"
+    what = f"GPT of {parameters / 1e6:.2g} M parameters, {args.steps} steps, {len(runs[TORCH])} seeds"
     show(console, found, what)
     console.print("± and spread: standard deviation over the seeds; differences are paired by seed. Less is better.")
     console.print(line := verdict(found))
