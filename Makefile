@@ -44,6 +44,7 @@ bench: $(VENV)/.dev  ## the benchmarks; DIR=/mnt/nvme chooses the drive
 	$(BIN)/python benchmarks/store.py "$(DIR)"
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/plan.py "$(DIR)"
+	$(BIN)/python benchmarks/convergence.py
 
 sanitize: build/address/test_core build/thread/test_core  ## the C++ core under ASan+UBSan and under TSan
 	build/address/test_core build

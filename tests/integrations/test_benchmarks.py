@@ -1,4 +1,4 @@
-"""The benchmarks of the handle, of the codecs and of the plan run, with whatever of their contenders there is here."""
+"""The benchmarks of the handle, the codecs, the plan and convergence run, with whatever contenders there are here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 AIO = Path(__file__).parents[2] / "benchmarks" / "aio.py"
 CODECS = AIO.with_name("codecs.py")
 PLAN = AIO.with_name("plan.py")
+CONVERGENCE = AIO.with_name("convergence.py")
 # DeepSpeed's handle may have to be compiled, which takes minutes.
 SMALL = ["--blocks", "64KiB", "--depths", "4", "--size", "4MiB", "--rounds", "1", "--without", "deepspeed", "--no-save"]
 
@@ -65,4 +66,19 @@ def test_a_plan_is_held_against_a_run(tmp_path: Path) -> None:
         row = re.search(rf"│ {name} *│ +([0-9.]+) │ +([0-9.]+) s │ +([0-9.]+) s │ +([0-9.]+) │", done.stdout)
         assert row, done.stdout  # a row with bytes that differ would not look like that
         assert all(float(figure) > 0 for figure in row.groups())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_convergence_trains_every_contender(dtype: str, tmp_path: Path) -> None:
+    command = [sys.executable, CONVERGENCE, "--dtype", dtype, "--seeds", "1", "--steps", "4", "--layers", "1"]
+    command += ["--width", "64", "--validation-batches", "1", "--folder", str(tmp_path), "--no-save"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = {name: float(loss) for name, loss in re.findall(r"seed 0, (.*): ([0-9.]+) in", done.stdout)}
+    assert {"torch AdamW", "ours, exact", "ours, bf16", "ours, int8"} <= losses.keys(), done.stdout
+    assert all(4 < loss < 7 for loss in losses.values()), losses  # ln 256 is 5.5
+    if dtype == "fp32":
+        assert losses["ours, exact"] == losses["torch AdamW"]
+    assert "Verdict: " in done.stdout
     assert list(tmp_path.iterdir()) == []
