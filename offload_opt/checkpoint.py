@@ -32,13 +32,14 @@ from .manifest import (
     read_manifest,
     tensor_records,
 )
-from .pager import Key, ParameterPager, ParameterState, parameters_of, plan_parameters, resident_from
+from .pager import ParameterPager, ParameterState, parameters_of, plan_parameters, resident_from, whole_tensors
 from .snapshots import Snapshot, delete_older
-from .state_file import WholeTensor, map_state
+from .state_file import map_state
 from .store import SwapStore
 from .swap_manager import SwapManager
 from .unit_file import check_file, check_files
 from .units import RING_DEPTH, ParameterPlan, SwapUnit
+from .update import Key
 from .weights import PersistedWeights, check_weights, read_weights
 
 _log = logging.getLogger(__name__)
@@ -59,10 +60,7 @@ class _Found(NamedTuple):
 
 
 class Checkpointer:
-    """Makes manifests of the optimizer's state and takes the state up from them; borrows everything.
-
-    ``epoch`` counts the steps that the state has been through, over all runs.
-    """
+    """Makes manifests of the optimizer's state and takes the state up from them; borrows everything."""
 
     def __init__(
         self,
@@ -81,15 +79,12 @@ class Checkpointer:
         self._handle = handle
         self._config = config
         self._rank, self._world_size = place
-        self._host_memory = int(config.host_memory)
-        self._unit_size = None if config.unit_size is None else int(config.unit_size)
-        self._weights = PersistedWeights(manager, self._host_memory, self._unit_size)
+        self._weights = PersistedWeights(manager, *config.memory)
         self._run = uuid.uuid4().hex
         self._snapshots: list[str] = []
         self._is_durable = config.durability != "scratch"
         # What the store was opened with, and nobody has decided about.
         self._undecided = store.committed is not None
-        self.epoch = 0
 
     @property
     def committed_epoch(self) -> int | None:
@@ -166,9 +161,9 @@ class Checkpointer:
         self._weights.forget()
         self._store.retire_all()
         try:
-            self._take_up(found, directory, groups)
-            if found.manifest.weights is not None:
+            if found.manifest.weights is not None:  # first: a master is stored as what its weight lacks
                 read_weights(found.manifest.weights, found.folders, self._handle, groups, found.where)
+            self._take_up(found, directory, groups)
             for group, then in zip(groups, found.groups, strict=True):
                 group.update({name: value for name, value in then.items() if name != "params"})
             self._continue(found.manifest, is_own=directory is None)
@@ -192,7 +187,7 @@ class Checkpointer:
             self._run, self._snapshots = manifest.run, list(manifest.snapshots)
         else:
             self._run, self._snapshots = uuid.uuid4().hex, []
-        self.epoch = manifest.epoch
+        self._pager.epoch = manifest.epoch
 
     def _remove_remains(self) -> None:
         """Delete what a kill has left of the snapshots that the commit names. It harms nothing where that fails."""
@@ -284,10 +279,10 @@ class Checkpointer:
             raise ConfigError(
                 f"{where} has state of {missing[0]}, and there is no parameter at its place in the groups"
             )
-        plans = plan_parameters(self._inner, groups, [record.key for record in layout.parameters])
+        plans = plan_parameters(self._inner, groups, [record.key for record in layout.parameters], self._config)
         for plan, record in zip(plans, layout.parameters, strict=True):
             then = (record.shape, record.dtype, [(t.name, t.dtype, t.shape) for t in record.tensors])
-            tensors = tensor_records(whole.spec for whole in _whole_tensors(plan, []))
+            tensors = tensor_records(plan.whole_tensors())
             now = (plan.shape, DTYPES.get(plan.dtype), [(t.name, t.dtype, t.shape) for t in tensors])
             if now != then:
                 raise ConfigError(
@@ -298,12 +293,15 @@ class Checkpointer:
     def _fits(self, found: _Found) -> bool:
         """Whether the units can be used as they are: cut as this machine's arithmetic allows, within host_memory."""
         largest = max((unit.nbytes for unit in found.units), default=0)
-        if largest * RING_DEPTH > self._host_memory or largest > (self._unit_size or largest):
+        host_memory, unit_size = self._config.memory
+        if largest * RING_DEPTH > host_memory or largest > (unit_size or largest):
             return False
         for record in found.manifest.state.parameters:
             plan, _ = found.states[record.key]
             chunking = plan.chunking
             now = (chunking.threads, chunking.cuts_anywhere, chunking.max_elements)
+            if [tensor.codec for tensor in plan.whole_tensors()] != [tensor.codec for tensor in record.tensors]:
+                return False
             if record.chunking != now or record.stride != plan.stride or record.name != plan.name:
                 return False
         return all(unit.device == found.states[piece.key][0].device for unit in found.units for piece in unit.pieces)
@@ -322,14 +320,14 @@ class Checkpointer:
         if self._config.checksum == "read":
             for unit, record in zip(found.units, records, strict=True):
                 check_file(self._handle, unit, *places[unit], record.checksum)
-        wholes, keys = [], []
+        wholes, keys, parameters = [], [], parameters_of(groups)
         for parameter in found.manifest.state.parameters:
             plan, _ = found.states[parameter.key]
-            for whole in _whole_tensors(plan, pieces.get(parameter.key, []), parameter.stride):
+            owner = parameters[parameter.key]
+            for whole in whole_tensors(plan, pieces.get(parameter.key, []), owner, parameter.stride):
                 wholes.append(whole)
                 keys.append(parameter.key)
         tensors = map_state(wholes, places.__getitem__, self._store.folders[0])
-        parameters = parameters_of(groups)
         states: dict[torch.Tensor, ParameterState] = {}
         for key, whole, tensor in zip(keys, wholes, tensors, strict=True):
             state = states.setdefault(parameters[key], dict(pieces[key][0][1].resident or {}))
@@ -355,7 +353,7 @@ class Checkpointer:
                     shape=plan.shape,
                     stride=plan.stride,
                     dtype=DTYPES[plan.dtype],
-                    tensors=tensor_records(whole.spec for whole in _whole_tensors(plan, entry.pieces)),
+                    tensors=tensor_records(plan.whole_tensors()),
                     chunking=(plan.chunking.threads, plan.chunking.cuts_anywhere, plan.chunking.max_elements),
                     resident=encode_mapping(entry.resident, plan.name),
                 )
@@ -363,13 +361,13 @@ class Checkpointer:
         numbers = {key: number for number, key in enumerate(keys)}
         state = Layout(parameters=records, units=self._store.records(self._pager.units(), numbers))
         weights = None
-        if self._config.persist_params:
+        if self._config.holds_weights:
             self._weights.write(groups)
             weights = self._weights.layout(self._store)
         return Manifest(
             store=self._store.identity,
             run=self._run,
-            epoch=self.epoch,
+            epoch=self._pager.epoch,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
             rank=self._rank,
             world_size=self._world_size,
@@ -407,13 +405,6 @@ def _check_names(then: Groups, now: Groups, where: Path) -> None:
                 f"{where} has {name} as parameter {i} of group {g}, and the optimizer has it as parameter {j} of group "
                 f"{h}: give the parameters in the order that they had"
             )
-
-
-def _whole_tensors(
-    plan: ParameterPlan, pieces: Sequence[tuple[SwapUnit, Any]], stride: tuple[int, ...] | None = None
-) -> list[WholeTensor]:
-    """The paged state tensors of a parameter, whole; ``stride`` is for what was stored by another one."""
-    return [WholeTensor(f"{plan.name}.{tensor.name}", tensor, pieces) for tensor in plan.whole_tensors(stride)]
 
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:

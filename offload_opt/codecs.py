@@ -13,6 +13,7 @@ functions, which do the same in tensor operations, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -24,6 +25,10 @@ from .errors import ConfigError
 
 BLOCK = 128
 """Elements that share an exponent in int8."""
+MASTER = "master"
+"""The name under which an fp32 master weight is kept, beside the state that the optimizer makes."""
+REMAINDER = "remainder"
+"""How the master of a bf16 weight is stored: as what the weight in memory lacks; see ``split_master``."""
 NOT_FINITE = 255
 """The exponent of a block of int8 that has an inf or NaN."""
 
@@ -149,6 +154,7 @@ class Int8:
             _C.decode_int8(self.is_signed, codes.data_ptr(), exponents.data_ptr(), out.data_ptr(), out.numel())
 
 
+@functools.cache
 def codec_for(kind: str, state_name: str) -> StateCodec | None:
     """The codec of a state tensor that torch calls ``state_name``; ``None`` for "exact": the tensor as it is."""
     if kind == "exact":
@@ -158,6 +164,20 @@ def codec_for(kind: str, state_name: str) -> StateCodec | None:
     if kind == "int8":
         return Int8(is_signed=state_name not in NON_NEGATIVE)
     raise ConfigError(f"state is stored as 'exact', 'bf16' or 'int8', not as {kind!r}")
+
+
+def stored_parts(kind: str, state_name: str, numel: int) -> tuple[tuple[str, torch.dtype, int], ...]:
+    """What lies in a unit for ``numel`` fp32 values: as ``StateCodec.parts``, of ``REMAINDER``, too."""
+    if kind == REMAINDER:
+        return ((".remainder", torch.int16, numel),)
+    codec = codec_for(kind, state_name)
+    return (("", torch.float32, numel),) if codec is None else codec.parts(numel)
+
+
+def granule_of(kind: str, state_name: str) -> int:
+    """Elements at whose multiples a run of a tensor may begin."""
+    codec = None if kind == REMAINDER else codec_for(kind, state_name)
+    return 1 if codec is None else codec.granule
 
 
 def rounding_key(step: int, parameter: int, state_name: str) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from .errors import ConfigError
@@ -16,6 +16,9 @@ ENGINES = ("auto", "io_uring", "libaio", "threads")
 
 DURABILITIES = ("snapshot", "step", "scratch")
 """What ``OffloadConfig.durability`` takes."""
+
+STATE_DTYPES = ("exact", "bf16", "int8")
+"""What ``OffloadConfig.state_dtype`` takes, for all state or by the name of each."""
 
 CHECKSUMS = ("write", "read", "off")
 """What ``OffloadConfig.checksum`` takes."""
@@ -106,11 +109,17 @@ class OffloadConfig:
     """Bounds the page-locked host memory that optimizer state takes. More of it lets reads run further ahead."""
     unit_size: int | str | None = None
     """Bytes of state that are paged together. None chooses: an eighth of host_memory, at most 32 MiB."""
+    state_dtype: str | Mapping[str, str] = "exact"
+    """How fp32 state is stored: ``"exact"``; ``"bf16"``, rounded at random, 2 bytes each; ``"int8"``, a byte each and
+    one for each 128. A mapping by the names of state, such as ``{"exp_avg": "bf16"}``, leaves the others exact."""
+    master_weights: bool = False
+    """Whether bf16 and fp16 parameters have an fp32 master in the store, which the optimizer updates, with fp32 state:
+    the parameters are its rounding. (False: the optimizer updates them, and keeps state, in their own dtype.)"""
     durability: str = "snapshot"
     """When the state is committed, to survive a crash. ``"snapshot"``: by ``snapshot()``; ``"step"``: by every step;
     ``"scratch"``: never, and the state takes half of the space on the drive."""
     persist_params: bool = False
-    """Whether a commit holds the weights too: all parameters of the optimizer."""
+    """Whether a commit holds the weights too: all parameters of the optimizer. With master_weights it always does."""
     checksum: str = "write"
     """``"write"``: of each unit that a commit may name, when it is written; ``"read"``: checked, too, at each read;
     ``"off"``: none."""
@@ -131,10 +140,37 @@ class OffloadConfig:
         for name, values in (("durability", DURABILITIES), ("checksum", CHECKSUMS)):
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
-        if not isinstance(self.persist_params, bool):
-            raise ConfigError(f"persist_params must be True or False, not {self.persist_params!r}")
+        self._check_state_dtype()
+        for name in ("persist_params", "master_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.aio, (AioConfig, type(None))):
             raise ConfigError(f"aio must be an AioConfig, not {type(self.aio).__name__}")
+
+    def _check_state_dtype(self) -> None:
+        given = self.state_dtype
+        if not isinstance(given, (str, Mapping)):
+            raise ConfigError(f"state_dtype must be a string or a mapping by state's names, not {type(given).__name__}")
+        for kind in [given] if isinstance(given, str) else given.values():
+            if kind not in STATE_DTYPES:
+                raise ConfigError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, not {kind!r}")
+        if not isinstance(given, str):
+            object.__setattr__(self, "state_dtype", dict(given))
+
+    @property
+    def memory(self) -> tuple[int, int | None]:
+        """``host_memory`` and ``unit_size`` in bytes."""
+        return cast(int, self.host_memory), cast("int | None", self.unit_size)
+
+    def codec_of(self, state_name: str) -> str:
+        """How the state of that name is to be stored."""
+        given = self.state_dtype
+        return given if isinstance(given, str) else given.get(state_name, "exact")
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether commits hold the weights. A master is stored as what its weight lacks: it needs that weight."""
+        return self.persist_params or self.master_weights
 
     @property
     def paths(self) -> tuple[str, ...]:

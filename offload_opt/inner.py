@@ -59,8 +59,8 @@ class InnerOptimizer:
         with self._lent(groups, state):
             self._step(self.optimizer)
 
-    def template_for(self, group: Mapping[str, Any], parameter: torch.Tensor) -> StateTemplate:
-        """What state the optimizer keeps for ``parameter`` with the options of ``group``.
+    def template_for(self, group: Mapping[str, Any], parameter: torch.Tensor, dtype: torch.dtype) -> StateTemplate:
+        """What state the optimizer keeps for ``parameter``, updated in ``dtype``, with the options of ``group``.
 
         An elementwise optimizer takes a step on a tiny parameter of the same kind; for the others a parameter without
         memory (on the meta device) has its state made for it.
@@ -68,13 +68,11 @@ class InnerOptimizer:
         if self.shape_matters(parameter) is None:
             paging = Paging.ELEMENTWISE
             device = torch.device("cpu") if parameter.is_meta else parameter.device
-            probe = torch.zeros(_PROBE_SHAPE, dtype=parameter.dtype, device=device)
+            probe = torch.zeros(_PROBE_SHAPE, dtype=dtype, device=device)
             probe.grad = torch.zeros_like(probe)
         else:
             paging = Paging.WHOLE
-            probe = torch.empty_strided(
-                parameter.shape, parameter.stride(), dtype=parameter.dtype, device=torch.device("meta")
-            )
+            probe = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=torch.device("meta"))
             probe.grad = torch.empty_like(probe)
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         try:
@@ -105,9 +103,9 @@ class InnerOptimizer:
             return None
         return tuple(parameter.shape), tuple(parameter.stride())
 
-    def chunking_for(self, group: Mapping[str, Any], device: torch.device) -> Chunking:
-        """How the update of a parameter of ``group`` on ``device`` may be cut."""
-        if device.type != "cpu":
+    def chunking_for(self, group: Mapping[str, Any], device: torch.device, *, is_exact: bool = True) -> Chunking:
+        """How the update of a parameter of ``group`` on ``device`` may be cut; anywhere, where its state is rounded."""
+        if device.type != "cpu" or not is_exact:
             return Chunking(threads=1, cuts_anywhere=True, max_elements=self.batch_elements(device))
         threads = torch.get_num_threads()
         return Chunking(threads, bool(group.get("fused")), self.batch_elements(device))

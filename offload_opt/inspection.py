@@ -22,6 +22,7 @@ from .manifest import (
     decode_value,
     read_manifest,
     read_part,
+    state_tensor,
 )
 
 _RANK_FOLDER = re.compile(r"rank-(\d{5,})-of-(\d{5,})")
@@ -207,13 +208,13 @@ def summarise(place: RankPlace) -> RankSummary:
 
 
 def _states(manifest: Manifest) -> list[StateSummary]:
-    parameters: dict[tuple[str, str, str], set[tuple[int, int]]] = {}
-    nbytes: dict[tuple[str, str, str], int] = {}
+    parameters: dict[tuple[str, str, str, str], set[tuple[int, int]]] = {}
+    nbytes: dict[tuple[str, str, str, str], int] = {}
 
-    def add(layout: Layout, number: int, name: str, held: str, dtype: str, size: int) -> None:
+    def add(layout: Layout, number: int, name: str, held: str, dtype: str, codec: str, size: int) -> None:
         if not 0 <= number < len(layout.parameters):
             raise StoreError(f"the manifest names parameter {number}, which is not there")
-        kind = (name, held, dtype)
+        kind = (name, held, dtype, codec)
         parameters.setdefault(kind, set()).add(layout.parameters[number].key)
         nbytes[kind] = nbytes.get(kind, 0) + size
 
@@ -223,19 +224,13 @@ def _states(manifest: Manifest) -> list[StateSummary]:
         residents = [(number, record.resident) for number, record in enumerate(layout.parameters)]
         for piece in (piece for unit in layout.units for piece in unit.pieces):
             residents.append((piece.parameter, piece.resident))
-            for tensor in piece.tensors:
-                size = torch.Size(tensor.shape).numel() * _ITEM_SIZES.get(tensor.dtype, 0)
-                add(layout, piece.parameter, tensor.name, held, tensor.dtype, size)
+            for tensor in map(state_tensor, piece.tensors):
+                size = sum(stored.nbytes for stored in tensor.stored)
+                add(layout, piece.parameter, tensor.name, held, DTYPES[tensor.dtype], tensor.codec, size)
         for number, resident in residents:
             for name, value in (decode_mapping(resident) or {}).items():
-                add(layout, number, name, "manifest", _kind_of(value), 0)
-    return [
-        StateSummary(name, held, dtype, "exact", len(parameters[name, held, dtype]), size)
-        for (name, held, dtype), size in nbytes.items()
-    ]
-
-
-_ITEM_SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+                add(layout, number, name, "manifest", _kind_of(value), "exact", 0)
+    return [StateSummary(*kind, len(parameters[kind]), size) for kind, size in nbytes.items()]
 
 
 def _kind_of(value: Any) -> str:

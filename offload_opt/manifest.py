@@ -21,6 +21,8 @@ import msgspec
 import torch
 import xxhash
 
+from .codecs import REMAINDER
+from .config import STATE_DTYPES
 from .errors import ConfigError, StoreError
 from .folders import replacing
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_dense
@@ -61,10 +63,14 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int = 0
+    codec: str = "exact"
 
 
 class PieceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run of a parameter's elements; see units.Piece. ``resident`` is encoded, or null where there is no state."""
+    """A run of a parameter's elements; see units.Piece.
+
+    ``resident`` is encoded, or null where there is no state; so is the tensor ``ties``.
+    """
 
     parameter: int
     start: int
@@ -73,6 +79,7 @@ class PieceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     is_whole: bool
     tensors: list[TensorRecord]
     resident: dict[str, Any] | None
+    ties: Any = None
 
 
 class UnitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,7 +156,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         run = [record.start, *record.cuts[1:-1], record.stop]
         if record.cuts != run or any(a >= b for a, b in itertools.pairwise(run)):
             raise StoreError(f"has a piece of {owner.name} with cuts that do not fit it")
-        tensors = tuple(_state_tensor(tensor) for tensor in record.tensors)
+        tensors = tuple(state_tensor(tensor) for tensor in record.tensors)
         if any(not _lies_in(tensor, unit.nbytes) for tensor in tensors):
             raise StoreError(f"has state of {owner.name} outside its {unit.nbytes} bytes")
         if [(t.name, t.dtype) for t in record.tensors] != [(t.name, t.dtype) for t in owner.tensors]:
@@ -164,7 +171,10 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         key = (owner.key[0], owner.key[1])
         small = decode_mapping(record.resident)
         cuts = tuple(record.cuts)
-        return Piece(key, owner.name, record.start, record.stop, cuts, record.is_whole, tensors, small)
+        ties = decode_value(record.ties)
+        if ties is not None and not _are_ties(ties, record.stop - record.start):
+            raise StoreError(f"has ties of {owner.name} that are no positions in it")
+        return Piece(key, owner.name, record.start, record.stop, cuts, record.is_whole, tensors, small, ties)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -360,7 +370,7 @@ def decode_mapping(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def tensor_records(tensors: Iterable[StateTensor]) -> list[TensorRecord]:
     """State tensors as records."""
     return [
-        TensorRecord(name=t.name, dtype=DTYPES[t.dtype], shape=t.shape, stride=t.stride, offset=t.offset)
+        TensorRecord(name=t.name, dtype=DTYPES[t.dtype], shape=t.shape, stride=t.stride, offset=t.offset, codec=t.codec)
         for t in tensors
     ]
 
@@ -376,19 +386,31 @@ def piece_records(pieces: Sequence[Piece], numbers: Mapping[tuple[int, int], int
             is_whole=piece.is_whole,
             tensors=tensor_records(piece.tensors),
             resident=encode_mapping(piece.resident, piece.name),
+            ties=encode_value(piece.ties, piece.name),
         )
         for piece in pieces
     ]
 
 
-def _state_tensor(record: TensorRecord) -> StateTensor:
+def state_tensor(record: TensorRecord) -> StateTensor:
+    """The opposite of ``tensor_records``. Raises StoreError for what cannot be."""
     try:
         dtype = _DTYPES_BY_NAME[record.dtype]
     except KeyError:
         raise StoreError(f"the manifest has state of an unknown dtype, {record.dtype!r}") from None
     if len(record.shape) != len(record.stride) or min(record.shape, default=1) < 0 or min(record.stride, default=0) < 0:
         raise StoreError(f"the manifest has state {record.name!r} of an impossible shape")
-    return StateTensor(record.name, dtype, record.shape, record.stride, record.offset)
+    if record.codec not in (*STATE_DTYPES, REMAINDER) or (record.codec != "exact" and dtype is not torch.float32):
+        raise StoreError(f"the manifest has state {record.name!r} stored in an unknown way, {record.codec!r}")
+    return StateTensor(record.name, dtype, record.shape, record.stride, record.offset, record.codec)
+
+
+def _are_ties(ties: Any, numel: int) -> bool:
+    """Whether a manifest's value is what ``codecs.split_master`` gives for so many elements."""
+    if not isinstance(ties, torch.Tensor) or ties.dtype is not torch.int32 or ties.dim() != 1:
+        return False
+    positions = ties.tolist()
+    return all(a < b for a, b in itertools.pairwise([-1, *positions, numel]))
 
 
 def _check_file(record: UnitRecord) -> None:
@@ -404,12 +426,11 @@ def _check_apart(pieces: Sequence[Piece]) -> None:
     for tensor in sorted((t for piece in pieces for t in piece.tensors), key=lambda tensor: tensor.offset):
         if tensor.offset < ends:
             raise StoreError(f"has state {tensor.name!r} at byte {tensor.offset}, within other state")
-        ends = tensor.offset + tensor.nbytes
+        ends = tensor.end
 
 
 def _lies_in(tensor: StateTensor, nbytes: int) -> bool:
-    inside = tensor.offset >= 0 and 0 < tensor.nbytes <= nbytes - tensor.offset
-    return inside and is_dense(tensor.shape, tensor.stride)
+    return tensor.offset >= 0 < tensor.nbytes and tensor.end <= nbytes and is_dense(tensor.shape, tensor.stride)
 
 
 def _device(name: str, where: Path) -> torch.device:

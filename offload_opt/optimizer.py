@@ -19,7 +19,7 @@ from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .folders import check_folders, check_space, rank_folder
 from .inner import InnerOptimizer, register
-from .pager import ParameterPager, parameters_of, plan_parameters, plan_states
+from .pager import ParameterPager, check_state_names, parameters_of, plan_parameters, plan_states
 from .state_dict import PagedState, Unconverted, export_state, hide_from_conversion
 from .store import SwapStore
 from .swap_manager import Failure, SwapManager
@@ -79,11 +79,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         place = _rank_and_world_size()
         folders = [rank_folder(path, *place) for path in paths]
         aio = self.config.aio or settings_for(paths[0])
-        host_memory, unit_size = cast(int, self.config.host_memory), cast("int | None", self.config.unit_size)
-        plans = _plan_trainable(inner)
-        check_memory(plans, host_memory, unit_size)
+        plans = _plan_trainable(inner, self.config)
+        check_memory(plans, *self.config.memory)
         self._check_space(folders, plans, inner.optimizer.param_groups)
-        bandwidths = bandwidths_of(paths, aio, host_memory)
+        bandwidths = bandwidths_of(paths, aio, self.config.memory[0])
 
         self._inner = inner
         self._stats = SwapStats()
@@ -96,8 +95,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         except BaseException:
             handle.close()
             raise
-        self._manager = SwapManager(handle, store, host_memory, self._stats, self._failure)
-        self._pager = ParameterPager(inner, self._manager, host_memory, unit_size)
+        self._manager = SwapManager(handle, store, self.config.memory[0], self._stats, self._failure)
+        self._pager = ParameterPager(inner, self._manager, self.config)
         self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
         self.extra: Any = {}
         """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
@@ -167,7 +166,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if commits:
             self._checkpointer.check_storable(self.param_groups, self.extra)
         self._pager.step(self.param_groups)
-        self._checkpointer.epoch += 1
         if commits:
             self._checkpointer.commit(self.param_groups, self.extra, wait=False)
         self._stats.step_seconds += time.perf_counter() - started
@@ -222,8 +220,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if states:
             self._checkpointer.check_started()
         # Everything that can be refused is, before the old state is given up.
-        plans = plan_states(self._inner, state["param_groups"], states)
-        check_memory(plans, cast(int, self.config.host_memory), cast("int | None", self.config.unit_size))
+        plans = plan_states(self._inner, state["param_groups"], states, self.config)
+        check_memory(plans, *self.config.memory)
         self._check_space(self._folders, plans, state["param_groups"], self._checkpointer.committed_files())
         optimizer = self._inner.optimizer
         optimizer.__setstate__({"state": defaultdict(dict), "param_groups": state["param_groups"]})
@@ -236,7 +234,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     @property
     def epoch(self) -> int:
         """Steps that the state has been through, over all runs: ``restore()`` brings the number back."""
-        return self._checkpointer.epoch
+        return self._pager.epoch
 
     @property
     def committed_epoch(self) -> int | None:
@@ -342,7 +340,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         stay: Collection[Path] = (),
     ) -> None:
-        weights = weight_bytes(groups) if self.config.persist_params else 0
+        weights = weight_bytes(groups) if self.config.holds_weights else 0
         slots = 1 if self.config.durability == "scratch" else 2
         check_space(folders, slots * (state_bytes(plans) + weights), stay)
 
@@ -375,11 +373,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> InnerOptimizer:
     return InnerOptimizer(optimizer)
 
 
-def _plan_trainable(inner: InnerOptimizer) -> list[ParameterPlan]:
+def _plan_trainable(inner: InnerOptimizer, config: OffloadConfig) -> list[ParameterPlan]:
     """Plans for all parameters that may get a gradient, to see beforehand whether everything fits."""
     groups = inner.optimizer.param_groups
     keys = [key for key, parameter in parameters_of(groups).items() if parameter.requires_grad]
-    return plan_parameters(inner, groups, keys)
+    plans = plan_parameters(inner, groups, keys, config)
+    check_state_names(plans, config)
+    return plans
 
 
 def _rank_and_world_size() -> tuple[int, int]:

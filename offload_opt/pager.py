@@ -6,26 +6,37 @@ the optimizer has just made, once.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import weakref
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, overload
 
 import torch
 
-from .aio import trim_heap
+from .codecs import MASTER, REMAINDER
+from .coding import decode_run, encode_run, flat, in_memory_order
+from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer
 from .state_file import WholeTensor
 from .swap_manager import SwapManager
 from .unit_file import check_storable
-from .units import Chunking, Paging, ParameterPlan, Piece, StateTemplate, SwapUnit, plan_units
+from .units import (
+    Chunking,
+    Paging,
+    ParameterPlan,
+    Piece,
+    StateTemplate,
+    StateTensor,
+    SwapUnit,
+    is_dense,
+    plan_units,
+    row_major,
+)
+from .update import Key, Scratch, UnitUpdate, copy_value, is_large
 
-Key = tuple[int, int]
-"""A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+"""Parameters that may have an fp32 master."""
 
 ParameterState = Mapping[str, Any]
 """What an optimizer keeps in ``state[parameter]``."""
@@ -46,56 +57,45 @@ class Entry:
         return self.pieces[0][1].resident if self.pieces else self.resident
 
 
-@dataclasses.dataclass
-class _Chunk:
-    """A run of a parameter's elements as the inner optimizer sees it: a parameter, and the views that are its state."""
-
-    piece: Piece
-    target: torch.Tensor
-    views: dict[str, torch.Tensor]
-    state: dict[str, Any]
-    is_last: bool  # of its piece
-
-
 class ParameterPager:
     """Plans units for parameters when they first need state, and updates them unit by unit."""
 
-    def __init__(self, inner: InnerOptimizer, manager: SwapManager, host_memory: int, unit_size: int | None) -> None:
+    def __init__(self, inner: InnerOptimizer, manager: SwapManager, config: OffloadConfig) -> None:
         self._inner = inner
         self._manager = manager
-        self._host_memory = host_memory
-        self._unit_size = unit_size
+        self._config = config
+        self._scratch = Scratch()
         self.entries: dict[Key, Entry] = {}
-        self._brought: dict[Key, ParameterState] = {}  # state in memory that goes to the disk at the next step
-        # For the time of a step: the groups as they were before it, and as the inner optimizer left them.
-        self._groups: list[dict[str, Any]] = []
-        self._groups_after: dict[int, dict[str, Any]] = {}
-        # How often each group lists a parameter, by id: torch steps it that often.
-        self._listed: list[Counter[int]] = []
+        self.epoch = 0
+        """Steps that the state has been through, over all runs. By it stored values are rounded."""
+        self._brought: dict[Key, ParameterState] = {}  # state in memory that goes to the store at the next step
 
     def step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update every parameter that has a gradient; the same as the inner optimizer's step over ``groups``."""
         active = {key: p for key, p in self.parameters(groups).items() if p.grad is not None}
         for key, parameter in active.items():
             self._check_as_planned(groups, key, parameter)
+            if key in self.entries:
+                self.entries[key].owner = weakref.ref(parameter)
         self.page_out_brought(groups)
         self.plan(groups, [key for key in active if key not in self.entries])
-        self._groups = [dict(group) for group in groups]
-        self._groups_after = {}
-        self._listed = [Counter(map(id, group["params"])) for group in groups]
+        update = UnitUpdate(self._inner, groups, self.epoch, self._scratch)
         try:
-            self._update_unpaged([key for key in active if not self.entries[key].pieces], {key[0] for key in active})
+            unpaged = {key: self.entries[key].resident for key in active if not self.entries[key].pieces}
+            with_master = {key for key in unpaged if MASTER in self.entries[key].plan.template.names}
+            for key, state in update.update_unpaged(unpaged, with_master, {key[0] for key in active}).items():
+                if any(map(is_large, state.values())):  # SGD whose momentum was turned on, for example
+                    self._brought[key] = state
+                    del self.entries[key]
+                else:
+                    self.entries[key].resident = dict(state)
             units = {unit: None for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
-            self._manager.walk(units, self._update)
+            self._manager.walk(units, update.update)
         except BaseException as error:
             self._manager.fail(error)  # some parameters are updated, and others are not
             raise
-        finally:
-            self._groups = []
-        for index, after in self._groups_after.items():
-            for name, value in after.items():
-                if groups[index].get(name) is not value:
-                    groups[index][name] = value
+        update.finish(groups)
+        self.epoch += 1
 
     def bring(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
         """Take over state that the inner optimizer has in memory. It goes to the disk at the next step."""
@@ -120,8 +120,8 @@ class ParameterPager:
         """Give the parameters at ``keys`` their place in new units, with the files for them. Returns the new units."""
         if not keys:
             return []
-        plans = plan_parameters(self._inner, groups, keys)
-        units = plan_units(plans, self._host_memory, self._unit_size, first_index=self._manager.next_index)
+        plans = plan_parameters(self._inner, groups, keys, self._config)
+        units = plan_units(plans, *self._config.memory, first_index=self._manager.next_index)
         self._manager.add(units)
         parameters = parameters_of(groups)
         self.entries.update((plan.key, Entry(plan, weakref.ref(parameters[plan.key]))) for plan in plans)
@@ -134,21 +134,21 @@ class ParameterPager:
                 self.entries[piece.key].pieces.append((unit, piece))
 
     def page_out_brought(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Store the state that was brought along: that of parameters which have none here yet."""
+        """Store the state that was brought along: that of parameters which have none here yet.
+
+        A master that is among it sets its parameter; one that is missing is made of its parameter.
+        """
         if not self._brought:
             return
         keyed = self._brought
         units = self.plan(groups, list(keyed))
+        parameters = parameters_of(groups)
 
         def fill(unit: SwapUnit, data: torch.Tensor) -> None:
             for piece in unit.pieces:
-                plan, state = self.entries[piece.key].plan, keyed[piece.key]
                 for tensor in piece.tensors:
-                    source = torch.as_tensor(state[tensor.name]).detach()
-                    if not piece.is_whole:
-                        source = _in_memory_order(source, plan.shape, plan.stride)[piece.start : piece.stop]
-                    tensor.view(data).copy_(source)
-                piece.resident = resident_from(plan.template, state)
+                    _fill(piece, tensor, keyed[piece.key], parameters[piece.key], data, self.epoch)
+                piece.resident = resident_from(self.entries[piece.key].plan.template, keyed[piece.key])
 
         self._manager.walk(units, fill)
         for key, state in keyed.items():
@@ -157,7 +157,7 @@ class ParameterPager:
         self._brought = {}
 
     def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
-        """Drop all state, on disk and in memory, and store the given one."""
+        """Drop all state, in the store and in memory, and store the given one."""
         try:
             self.entries.clear()
             self._manager.forget_all()
@@ -209,24 +209,27 @@ class ParameterPager:
     def read(self, key: Key, name: str) -> Any:
         """A copy of one value of a parameter's state. Tensors of paged state come from the disk, and are on the CPU."""
         if key in self._brought:
-            return _copy(self._brought[key][name])
+            return copy_value(self._brought[key][name])
         entry = self.entries[key]
         if entry.small_state is not None and name in entry.small_state:
-            return _copy(entry.small_state[name])
-        plan = entry.plan
-        spec = next(tensor for tensor in plan.whole_tensors() if tensor.name == name)
-        result = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
-        flat = result.as_strided((spec.numel,), (1,))
+            return copy_value(entry.small_state[name])
+        whole = next(
+            whole for whole in whole_tensors(entry.plan, entry.pieces, entry.owner()) if whole.spec.name == name
+        )
+        result = torch.empty_strided(whole.spec.shape, whole.spec.stride, dtype=whole.spec.dtype)
         for unit, piece in entry.pieces:
             tensor = next(tensor for tensor in piece.tensors if tensor.name == name)
-            part = flat if piece.is_whole else flat[piece.start : piece.stop]
-            self._manager.read_tensor(unit, tensor, part)
+            part = flat(result) if piece.is_whole else flat(result)[piece.start : piece.stop]
+            stored = [torch.empty(each.numel, dtype=each.dtype) for each in tensor.stored]
+            for each, into in zip(tensor.stored, stored, strict=True):
+                self._manager.read_tensor(unit, each, into)
+            decode_run(piece, tensor, stored, piece.start, whole.weight, part)
         return result
 
     def whole_tensors(self) -> dict[Key, list[WholeTensor]]:
         """The paged state of every parameter, as what it is when put together."""
         return {
-            key: [WholeTensor(f"{entry.plan.name}.{t.name}", t, entry.pieces) for t in entry.plan.whole_tensors()]
+            key: whole_tensors(entry.plan, entry.pieces, entry.owner())
             for key, entry in self.entries.items()
             if entry.pieces and entry.small_state is not None
         }
@@ -243,110 +246,7 @@ class ParameterPager:
             for key in keys
         }
 
-    # The update.
-
-    def _update(self, unit: SwapUnit, data: torch.Tensor) -> None:
-        """Visit of the step: update the parameters of a resident unit."""
-        on_cpu = unit.device.type == "cpu"
-        work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        batch: list[_Chunk] = []
-        elements = 0
-        for chunk in self._chunks(unit, work):
-            batch.append(chunk)
-            elements += chunk.target.numel()
-            if elements >= self._inner.batch_elements(unit.device):
-                self._update_batch(batch)
-                batch, elements = [], 0
-        self._update_batch(batch)
-        if not on_cpu:
-            data[: unit.nbytes].copy_(work)  # waits for the device
-        if unit.is_blank:
-            # The optimizer made its state in memory of its own, and small tensors that stay among it: without this,
-            # what it freed between them adds up to the size of the whole state (measured with glibc).
-            trim_heap()
-
-    def _chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Chunk]:
-        for piece in unit.pieces:
-            parameter = self._parameter(piece.key)
-            if parameter.grad is None:
-                continue
-            small = piece.resident  # the value before this step, for every chunk of the piece
-            if not piece.is_whole:
-                elements, gradient = flat(parameter), _flat_gradient(parameter)
-            for begin, end in pairwise(piece.cuts):
-                if piece.is_whole:
-                    target = parameter
-                else:
-                    target = elements[begin:end]
-                    target.grad = gradient[begin:end]
-                views = piece.chunk_views(data, begin, end)
-                state: dict[str, Any] = {}
-                if small is not None:
-                    state.update(small if len(piece.cuts) == 2 else {name: _copy(v) for name, v in small.items()})
-                    state.update(views)
-                yield _Chunk(piece, target, views, state, is_last=end == piece.stop)
-
-    def _update_batch(self, batch: list[_Chunk]) -> None:
-        if not batch:
-            return
-        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-        targets: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for chunk in batch:
-            group = chunk.piece.key[0]
-            state[chunk.target] = chunk.state
-            targets[group].extend([chunk.target] * self._listed[group][id(self._parameter(chunk.piece.key))])
-        self._step_inner(targets, state)
-        for chunk in batch:
-            self._adopt(chunk, state[chunk.target])
-
-    def _update_unpaged(self, keys: Sequence[Key], busy_groups: set[int]) -> None:
-        """Update parameters whose state has nothing to page: zero-size ones, or an optimizer that keeps none.
-
-        Groups without any gradient come along with no parameters, for what a step may do to the groups themselves.
-        """
-        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-        targets: dict[int, list[torch.Tensor]] = defaultdict(list)
-        targets.update((index, []) for index in range(len(self._groups)) if index not in busy_groups)
-        if not keys and not targets:
-            return
-        for key in keys:
-            parameter = self._parameter(key)
-            resident = self.entries[key].resident
-            if resident is not None:
-                state[parameter] = resident
-            targets[key[0]].extend([parameter] * self._listed[key[0]][id(parameter)])
-        self._step_inner(targets, state)
-        for key in keys:
-            parameter = self._parameter(key)
-            if parameter not in state:
-                continue
-            if any(map(_is_large, state[parameter].values())):  # SGD whose momentum was turned on, for example
-                self._brought[key] = state[parameter]
-                del self.entries[key]
-            else:
-                self.entries[key].resident = dict(state[parameter])
-
-    def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
-        lent = {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
-        self._inner.step_on(list(lent.values()), state)
-        for index, group in lent.items():  # without the parameters: their gradients would outlive zero_grad()
-            self._groups_after[index] = {name: value for name, value in group.items() if name != "params"}
-
-    def _adopt(self, chunk: _Chunk, state: dict[str, Any]) -> None:
-        """Take over what the inner optimizer left as a chunk's state."""
-        small: dict[str, Any] = {}
-        for name, value in state.items():
-            if name not in chunk.views:
-                if _is_large(value):
-                    raise OffloadError(
-                        f"{self._inner.name} made a new state tensor {name!r} for {chunk.piece.name}, which it did not "
-                        "keep when the parameter's place was planned: the options that decide it must stay as they were"
-                    )
-                small[name] = value
-            elif value is not chunk.views[name]:
-                chunk.views[name].copy_(value)
-        if chunk.is_last:
-            chunk.piece.resident = _updated(chunk.piece.resident or {}, small)
+    # Helpers.
 
     def _check_as_planned(self, groups: Sequence[dict[str, Any]], key: Key, parameter: torch.Tensor) -> None:
         """Raise unless the parameter, and its gradient, are such as its state was laid out for."""
@@ -364,11 +264,6 @@ class ParameterPager:
                 f"{planned} and are {now}. load_state_dict(state_dict()) lays the state out anew"
             )
 
-    def _parameter(self, key: Key) -> torch.Tensor:
-        parameter = self._groups[key[0]]["params"][key[1]]
-        assert isinstance(parameter, torch.Tensor)
-        return parameter
-
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor]:
     """Every parameter once, by its (first) place."""
@@ -380,41 +275,84 @@ def parameters_of(groups: Sequence[Mapping[str, Any]]) -> dict[Key, torch.Tensor
 
 
 def plan_parameters(
-    inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], keys: Sequence[Key]
+    inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], keys: Sequence[Key], config: OffloadConfig
 ) -> list[ParameterPlan]:
-    """What there is to page of the parameters at ``keys``. Zero-size ones have no paged state."""
+    """What there is to page of the parameters at ``keys``. Zero-size ones have no paged state.
+
+    Raises UnsupportedOptimizerError or ConfigError where a parameter's state cannot be paged, or stored as it is to be.
+    """
     found: dict[Any, StateTemplate] = {}
     plans = []
     for key in keys:
         group = groups[key[0]]
         parameter = group["params"][key[1]]
+        name = name_of(groups, key)
         if hasattr(parameter, "_local_tensor"):
-            raise UnsupportedOptimizerError(
-                f"{name_of(groups, key)} is a DTensor: sharded parameters cannot be paged yet"
-            )
+            raise UnsupportedOptimizerError(f"{name} is a DTensor: sharded parameters cannot be paged yet")
         kind = (key[0], parameter.dtype, parameter.device, inner.shape_matters(parameter))
         if kind not in found:
-            found[kind] = inner.template_for(group, parameter)
-            for tensor in found[kind].paged:
-                check_storable(tensor)
+            found[kind] = _template_for(inner, group, parameter, name, config)
         template = found[kind]
         if parameter.numel() == 0:
             template = dataclasses.replace(template, paged=())
         device = parameter.device
-        chunking: Chunking = inner.chunking_for(group, device)
+        is_exact = all(tensor.codec in ("exact", REMAINDER) for tensor in template.paged)
+        chunking: Chunking = inner.chunking_for(group, device, is_exact=is_exact)
         shape, stride = tuple(parameter.shape), tuple(parameter.stride())
-        plans.append(
-            ParameterPlan(key, name_of(groups, key), shape, stride, parameter.dtype, template, device, chunking)
-        )
+        plans.append(ParameterPlan(key, name, shape, stride, parameter.dtype, template, device, chunking))
     return plans
 
 
+def _template_for(
+    inner: InnerOptimizer, group: Mapping[str, Any], parameter: torch.Tensor, name: str, config: OffloadConfig
+) -> StateTemplate:
+    """What state there is for a parameter and how it is stored; ``name`` is for errors."""
+    has_master = config.master_weights and parameter.dtype in LOW_PRECISION
+    template = inner.template_for(group, parameter, torch.float32 if has_master else parameter.dtype)
+    paged = []
+    for tensor in template.paged:
+        check_storable(tensor)
+        codec = config.codec_of(tensor.name)
+        if codec != "exact" and tensor.dtype is not torch.float32:
+            hint = ": master_weights=True keeps it in float32" if parameter.dtype in LOW_PRECISION else ""
+            raise ConfigError(
+                f"state_dtype={codec!r} is for float32 state, and {tensor.name} of {name} is {tensor.dtype}{hint}"
+            )
+        if codec != "exact" and group.get("centered"):
+            raise ConfigError(
+                f"state_dtype={codec!r} does not go with centered=True: the difference of two rounded states may be "
+                "below zero, and its root is NaN"
+            )
+        paged.append(dataclasses.replace(tensor, codec=codec if is_dense(tensor.shape, tensor.stride) else "exact"))
+    if not has_master:
+        return dataclasses.replace(template, paged=tuple(paged))
+    dense = is_dense(parameter.shape, parameter.stride())
+    shape = tuple(parameter.shape)
+    master = StateTensor(MASTER, torch.float32, shape, tuple(parameter.stride()) if dense else row_major(shape))
+    if parameter.dtype is torch.bfloat16 and dense:
+        master = dataclasses.replace(master, codec=REMAINDER)
+    return dataclasses.replace(template, paged=(*paged, master), names=(*template.names, MASTER))
+
+
+def check_state_names(plans: Sequence[ParameterPlan], config: OffloadConfig) -> None:
+    """Raise ConfigError for a name in ``state_dtype`` that no parameter has state of."""
+    if isinstance(config.state_dtype, str) or not plans:
+        return
+    there = {tensor.name for plan in plans for tensor in plan.template.paged} - {MASTER}
+    for name in config.state_dtype:
+        if name not in there:
+            raise ConfigError(f"state_dtype: there is no state {name!r}, but {', '.join(sorted(there)) or 'none'}")
+
+
 def plan_states(
-    inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], states: Mapping[torch.Tensor, ParameterState]
+    inner: InnerOptimizer,
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[torch.Tensor, ParameterState],
+    config: OffloadConfig,
 ) -> list[ParameterPlan]:
     """Plans for given states. Raises ConfigError unless ``inner`` keeps such states with the options of ``groups``."""
     places = {key: p for key, p in parameters_of(groups).items() if p in states}
-    plans = plan_parameters(inner, groups, list(places))
+    plans = plan_parameters(inner, groups, list(places), config)
     for plan in plans:
         _check_complete(plan, states[places[plan.key]])
     return plans
@@ -428,50 +366,47 @@ def name_of(groups: Sequence[Mapping[str, Any]], key: Key) -> str:
     return f"param_{sum(len(group['params']) for group in groups[: key[0]]) + key[1]}"
 
 
-def flat(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's elements in the order of its memory."""
-    detached = parameter.detach()
-    return detached.as_strided((detached.numel(),), (1,), detached.storage_offset())
+def whole_tensors(
+    plan: ParameterPlan,
+    pieces: Sequence[tuple[SwapUnit, Piece]],
+    parameter: torch.Tensor | None,
+    stride: tuple[int, ...] | None = None,
+) -> list[WholeTensor]:
+    """The paged state tensors of a parameter, whole; ``stride`` is for what was stored by another one."""
+    weight = None if parameter is None or not is_dense(plan.shape, plan.stride) else flat(parameter)
+    return [
+        WholeTensor(f"{plan.name}.{tensor.name}", tensor, pieces, weight if tensor.codec == REMAINDER else None)
+        for tensor in plan.whole_tensors(stride)
+    ]
 
 
-def _flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """The gradient's elements in the order of the parameter's memory; a copy where it is laid out otherwise."""
-    assert parameter.grad is not None
-    return _in_memory_order(parameter.grad.detach(), parameter.shape, parameter.stride())
-
-
-def _in_memory_order(tensor: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
-    tensor = tensor.reshape(shape)
-    if tensor.stride() != tuple(stride):
-        tensor = torch.empty_strided(tuple(shape), tuple(stride), dtype=tensor.dtype, device=tensor.device).copy_(
-            tensor
-        )
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
-def _is_large(value: Any) -> bool:
-    """Whether a value of an optimizer's state is to be paged: a tensor with dimensions and elements."""
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 0
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
-
-
-def _updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """``new``, in the tensors of ``old`` where they fit: small tensors that outlive a step would break up the heap."""
-    for name, value in new.items():
-        kept = old.get(name)
-        if not (isinstance(kept, torch.Tensor) and isinstance(value, torch.Tensor)) or kept is value:
-            continue
-        if (kept.shape, kept.dtype, kept.device) == (value.shape, value.dtype, value.device):
-            new[name] = kept.copy_(value)
-    return new
+def _fill(
+    piece: Piece, tensor: StateTensor, state: ParameterState, parameter: torch.Tensor, data: torch.Tensor, epoch: int
+) -> None:
+    """Store a given state tensor in the unit's bytes ``data``; of a master, set the parameter's run, too."""
+    is_master = tensor.name == MASTER
+    given = torch.as_tensor(state.get(MASTER, parameter) if is_master else state[tensor.name]).detach()
+    like = tensor if piece.is_whole else parameter
+    run = slice(None) if piece.is_whole else slice(piece.start, piece.stop)
+    if tensor.codec == "exact":
+        tensor.view(data).copy_(given if piece.is_whole else in_memory_order(given, like)[run])
+        if is_master:
+            own = parameter.detach() if piece.is_whole else flat(parameter)[run]
+            own.copy_(tensor.view(data))
+        return
+    values = in_memory_order(given, like)[run].to("cpu", torch.float32)
+    weight = torch.empty(len(values), dtype=torch.bfloat16) if is_master else None
+    ties = encode_run(piece, tensor.name, tensor.stored, values, data, piece.start, epoch, weight)
+    if weight is not None:
+        piece.ties = ties
+        flat(parameter)[run].copy_(weight)
 
 
 def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
     """Raise ConfigError unless ``state`` has just the paged tensors that the plan has, in the right shapes."""
     for tensor in plan.template.paged:
+        if tensor.name == MASTER and MASTER not in state:
+            continue  # it is made of the parameter
         value = state.get(tensor.name)
         shape = plan.shape if plan.template.paging is Paging.ELEMENTWISE else tensor.shape
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
@@ -479,7 +414,7 @@ def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
             raise ConfigError(f"the state of {plan.name} should have {tensor.name!r} of shape {shape}, but has {what}")
     paged = {tensor.name for tensor in plan.template.paged}
     for name, value in state.items():
-        if name not in paged and _is_large(value):
+        if name not in paged and is_large(value):
             raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
 
 
@@ -499,5 +434,5 @@ def resident_from(template: StateTemplate, state: ParameterState | None) -> dict
         example = template.resident.get(name)
         if isinstance(example, torch.Tensor):
             value = torch.as_tensor(value).detach().to(dtype=example.dtype, device=example.device, copy=True)
-        resident[name] = _copy(value)
+        resident[name] = copy_value(value)
     return resident

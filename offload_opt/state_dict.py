@@ -13,8 +13,9 @@ import torch
 
 from .errors import OffloadError
 from .manifest import DTYPES, encode_value
-from .pager import Key, ParameterPager
+from .pager import ParameterPager
 from .swap_manager import SwapManager
+from .update import Key
 
 
 class PagedParameterState:

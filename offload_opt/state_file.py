@@ -1,6 +1,7 @@
 """One safetensors file that holds the state of all parameters whole, put together from the pieces in unit files.
 
-The bytes go from file to file in the kernel and never through this process's memory. The file is either for other
+The bytes go from file to file in the kernel and never through this process's memory; but for what has a codec, a little
+at a time. The file is either for other
 tools (``export``), or has no name and is mapped into memory (``map_state``): what looks at a mapped tensor, such as
 ``torch.save``, has its pages read from the disk one after another, and the kernel may drop them again.
 """
@@ -19,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from .coding import decode_run
 from .folders import check_room, replacing
 from .manifest import DTYPES, bytes_of
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_row_major
@@ -26,17 +28,22 @@ from .units import PAGE, Piece, StateTensor, SwapUnit, is_row_major
 # Smaller tensors are read into memory, so that they do not keep the file.
 _MAP_FROM = 64 << 10
 _COPY_BYTES = 8 << 20
+_DECODE_ELEMENTS = 1 << 20  # whole granules of every codec
 
 Place = Callable[[SwapUnit], tuple[Path, int]]
 """A unit's file, and where in it the unit's bytes start."""
 
 
 class WholeTensor(NamedTuple):
-    """A state tensor of a parameter, and the pieces in which it is stored, in order."""
+    """A state tensor of a parameter, and the pieces in which it is stored, in order.
+
+    ``weight`` is the parameter, flat, where a master's remainder is stored.
+    """
 
     label: str
     spec: StateTensor
     pieces: Sequence[tuple[SwapUnit, Piece]]
+    weight: torch.Tensor | None = None
 
 
 def map_state(tensors: Sequence[WholeTensor], place: Place, folder: Path) -> list[torch.Tensor]:
@@ -107,10 +114,37 @@ def _copy_pieces(tensor: WholeTensor, place: Place, target: int, offset: int) ->
         stored = next(stored for stored in piece.tensors if stored.name == tensor.spec.name)
         source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _copy_range(source, data_start + stored.offset, target, offset, stored.nbytes, path)
+            if stored.codec == "exact":
+                _copy_range(source, data_start + stored.offset, target, offset, stored.nbytes, path)
+            else:
+                _decode_range(source, data_start, target, offset, piece, stored, tensor.weight)
         finally:
             os.close(source)
         offset += stored.nbytes
+
+
+def _decode_range(
+    source: int,
+    data_start: int,
+    target: int,
+    offset: int,
+    piece: Piece,
+    stored: StateTensor,
+    weight: torch.Tensor | None,
+) -> None:
+    """Decode a piece's state tensor from file to file, through a little memory."""
+    for begin in range(0, stored.numel, _DECODE_ELEMENTS):
+        end = min(begin + _DECODE_ELEMENTS, stored.numel)
+        parts = []
+        for part in stored.run(begin, end):
+            data = bytearray(os.pread(source, part.nbytes, data_start + part.offset))
+            if len(data) != part.nbytes:
+                raise OSError(errno.ENODATA, f"the file ends before the state of {piece.name} does")
+            parts.append(torch.frombuffer(data, dtype=part.dtype))
+        values = torch.empty(end - begin)
+        first, last = piece.start + begin, piece.start + end
+        decode_run(piece, stored, parts, first, None if weight is None else weight[first:last], values)
+        os.pwrite(target, bytes_of(values), offset + begin * values.itemsize)
 
 
 def _copy_range(source: int, begin: int, target: int, offset: int, nbytes: int, path: Path) -> None:

@@ -98,7 +98,7 @@ def unit_header(unit: SwapUnit) -> bytes:
             entries[f"__padding__.{len(entries)}"] = _entry("U8", [offset - position], position, offset)
 
     for piece in unit.pieces:
-        for tensor in piece.tensors:
+        for tensor in (stored for each in piece.tensors for stored in each.stored):
             pad_to(tensor.offset)
             position = tensor.offset + tensor.nbytes
             shape = list(tensor.shape) if is_row_major(tensor) else [tensor.numel]

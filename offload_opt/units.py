@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .codecs import MASTER, granule_of, stored_parts
 from .config import format_bytes, format_exact
 from .errors import ConfigError
 
@@ -58,13 +60,17 @@ TRANSITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class StateTensor:
-    """One state tensor of a piece: ``shape`` and ``stride`` in elements, ``offset`` in bytes from its unit's start."""
+    """One state tensor of a piece: ``shape`` and ``stride`` in elements, ``offset`` in bytes from its unit's start.
+
+    With a ``codec`` (see codecs.py) other tensors are ``stored`` for it, in the order of its memory.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int = 0
+    codec: str = "exact"
 
     @property
     def numel(self) -> int:
@@ -73,6 +79,32 @@ class StateTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @functools.cached_property
+    def stored(self) -> tuple[StateTensor, ...]:
+        """What lies in the unit for it, from ``offset`` on: itself or, with a codec, flat tensors."""
+        return (self,) if self.codec == "exact" else self._parts(0, self.numel)
+
+    @property
+    def end(self) -> int:
+        """Where what is stored ends, in bytes from its unit's start."""
+        return self.stored[-1].offset + self.stored[-1].nbytes
+
+    def run(self, begin: int, end: int) -> tuple[StateTensor, ...]:
+        """What is stored for the elements ``begin`` to ``end``, in the order of its memory; all of it is flat."""
+        if self.codec != "exact":
+            return self._parts(begin, end)
+        offset = self.offset + begin * self.dtype.itemsize
+        return (dataclasses.replace(self, shape=(end - begin,), stride=(1,), offset=offset),)
+
+    def _parts(self, begin: int, end: int) -> tuple[StateTensor, ...]:
+        wholes, firsts, lasts = (stored_parts(self.codec, self.name, n) for n in (self.numel, begin, end))
+        parts, offset = [], self.offset
+        for (suffix, dtype, numel), (_, _, first), (_, _, last) in zip(wholes, firsts, lasts, strict=True):
+            start = offset + first * dtype.itemsize
+            parts.append(StateTensor(self.name + suffix, dtype, (last - first,), (1,), start))
+            offset = _aligned(offset + numel * dtype.itemsize)
+        return tuple(parts)
 
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """The tensor inside its unit's bytes: ``data`` is a 1-D uint8 tensor of the unit's size or more."""
@@ -96,8 +128,9 @@ class StateTemplate:
     """All names, in the optimizer's order."""
 
     @property
-    def bytes_per_element(self) -> int:
-        return sum(tensor.dtype.itemsize for tensor in self.paged)
+    def granule(self) -> int:
+        """Pieces are cut at multiples of so many elements, but for what the arithmetic asks for."""
+        return max([_VECTOR, *(granule_of(tensor.codec, tensor.name) for tensor in self.paged)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +163,8 @@ class Piece:
     """Elements ``start`` to ``stop`` of a parameter, in memory order, with the state that belongs to them.
 
     ``cuts`` are the elements at which the update of the piece is cut into chunks, ``start`` and ``stop`` included.
-    ``resident`` is its state that stays in memory; None until the optimizer has made any state for it.
+    ``resident`` is its state that stays in memory; None until the optimizer has made any state for it. ``ties`` belong
+    to a master's remainder: see codecs.split_master; positions count from ``start``, and None is none.
     """
 
     key: tuple[int, int]
@@ -141,15 +175,22 @@ class Piece:
     is_whole: bool
     tensors: tuple[StateTensor, ...]
     resident: dict[str, Any] | None = None
+    ties: torch.Tensor | None = None
 
     def chunk_views(self, data: torch.Tensor, begin: int, end: int) -> dict[str, torch.Tensor]:
-        """The state tensors of elements ``begin`` to ``end`` as views of the unit's bytes ``data``."""
+        """The exact state of elements ``begin`` to ``end`` as views of the unit's bytes ``data``."""
+        views = {tensor.name: tensor.view(data) for tensor in self.tensors if tensor.codec == "exact"}
         if self.is_whole:
-            return {tensor.name: tensor.view(data) for tensor in self.tensors}
-        return {tensor.name: tensor.view(data)[begin - self.start : end - self.start] for tensor in self.tensors}
+            return views
+        return {name: view[begin - self.start : end - self.start] for name, view in views.items()}
+
+    @functools.cached_property
+    def master(self) -> StateTensor | None:
+        """The fp32 master, where there is one."""
+        return next((tensor for tensor in self.tensors if tensor.name == MASTER), None)
 
     def tensor_label(self, tensor: StateTensor) -> str:
-        """The tensor's name in the unit file."""
+        """The name of a stored tensor in the unit file."""
         return f"{self.name}.{tensor.name}" + ("" if self.is_whole else f"[{self.start}:{self.stop}]")
 
 
@@ -223,6 +264,11 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor whose elements lie in the order of its dimensions."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def is_row_major(tensor: StateTensor) -> bool:
     """Whether the elements lie in memory in the order of the dimensions, without gaps."""
     expected = 1
@@ -240,7 +286,7 @@ def least_host_memory(parameters: Iterable[ParameterPlan]) -> tuple[int, str]:
         if parameter.template.paging is Paging.WHOLE:
             unit = _pages(_end_of_tensors(parameter.template.paged, 0)[1])
         else:
-            unit = _pages(_piece_bytes(parameter, min(parameter.numel, _VECTOR)))
+            unit = _pages(_piece_bytes(parameter, min(parameter.numel, parameter.template.granule)))
         if RING_DEPTH * unit > least:
             least, name = RING_DEPTH * unit, parameter.name
     return least, name
@@ -366,9 +412,20 @@ def _chunks_of(parameter: ParameterPlan, unit_size: int) -> list[int]:
         return [0, parameter.numel]
     if _piece_bytes(parameter, parameter.numel) <= unit_size:
         limit = parameter.numel
-    else:  # in whole vectors, so that the alignment of the tensors takes nothing
-        limit = unit_size // parameter.template.bytes_per_element // _VECTOR * _VECTOR
+    else:
+        limit = _largest_run(parameter, unit_size)
     return parameter.chunking.cut(parameter.numel, limit)
+
+
+def _largest_run(parameter: ParameterPlan, unit_size: int) -> int:
+    """The most elements, in whole granules, whose state fits into a unit."""
+    granule = parameter.template.granule
+    low, high = 0, parameter.numel // granule + 1  # granules: as many as low fit, as many as high do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _piece_bytes(parameter, middle * granule) <= unit_size
+        low, high = (middle, high) if fits else (low, middle)
+    return low * granule
 
 
 def _bytes_of(parameter: ParameterPlan, start: int, stop: int) -> int:
@@ -378,7 +435,8 @@ def _bytes_of(parameter: ParameterPlan, start: int, stop: int) -> int:
 
 
 def _piece_bytes(parameter: ParameterPlan, elements: int) -> int:
-    return sum(_aligned(elements * tensor.dtype.itemsize) for tensor in parameter.template.paged)
+    flat = (dataclasses.replace(tensor, shape=(elements,), stride=(1,)) for tensor in parameter.template.paged)
+    return _end_of_tensors(flat, 0)[1]
 
 
 def _place(parameter: ParameterPlan, cuts: list[int], offset: int) -> tuple[Piece, int]:
@@ -397,7 +455,7 @@ def _end_of_tensors(tensors: Iterable[StateTensor], offset: int) -> tuple[tuple[
     placed = []
     for tensor in tensors:
         placed.append(dataclasses.replace(tensor, offset=offset))
-        offset = _aligned(offset + tensor.nbytes)
+        offset = _aligned(placed[-1].end)
     return tuple(placed), offset
 
 

@@ -92,7 +92,7 @@ class _Unit:
         tensors = [
             DamagedTensor(piece.tensor_label(tensor), self.record.data_start + tensor.offset, tensor.nbytes)
             for piece in self.unit.pieces
-            for tensor in piece.tensors
+            for tensor in (stored for each in piece.tensors for stored in each.stored)
             if self.state_is_at_risk
         ]
         return Damage(str(self.path), self.problem, tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,25 @@ from typing import Any
 import torch
 
 from .aio import AioHandle
+from .coding import flat
 from .errors import ConfigError
 from .manifest import DTYPES, Layout, ParameterRecord, tensor_records
-from .pager import Key, flat, name_of, parameters_of
+from .pager import name_of, parameters_of
 from .store import SwapStore
 from .swap_manager import SwapManager
 from .unit_file import CHUNK_BYTES, check_file
-from .units import Chunking, Paging, ParameterPlan, StateTemplate, StateTensor, SwapUnit, is_dense, plan_units
+from .units import (
+    Chunking,
+    Paging,
+    ParameterPlan,
+    StateTemplate,
+    StateTensor,
+    SwapUnit,
+    is_dense,
+    plan_units,
+    row_major,
+)
+from .update import Key
 
 # Weights are copied, not computed with: any cut will do.
 _CHUNKING = Chunking(threads=1, cuts_anywhere=True, max_elements=1 << 62)
@@ -83,7 +94,7 @@ def plan_weights(groups: Sequence[Mapping[str, Any]]) -> list[ParameterPlan]:
             raise ConfigError(f"persist_params: {name} has dtype {parameter.dtype}, which cannot be stored")
         shape, stride = tuple(parameter.shape), tuple(parameter.stride())
         dense = is_dense(shape, stride)
-        kept = StateTensor("parameter", parameter.dtype, shape, stride if dense else _row_major(shape))
+        kept = StateTensor("parameter", parameter.dtype, shape, stride if dense else row_major(shape))
         template = StateTemplate(
             Paging.ELEMENTWISE if dense else Paging.WHOLE, (kept,) if parameter.numel() else (), {}, (kept.name,)
         )
@@ -146,8 +157,4 @@ def _read_run(handle: AioHandle, path: Path, start: int, target: torch.Tensor, b
 
 def weight_bytes(groups: Sequence[Mapping[str, Any]]) -> int:
     """Bytes that the weights take in the store."""
-    return sum(plan.template.bytes_per_element * math.prod(plan.shape) for plan in plan_weights(groups))
-
-
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return sum(tensor.nbytes for plan in plan_weights(groups) for tensor in plan.whole_tensors())

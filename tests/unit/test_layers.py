@@ -13,11 +13,11 @@ PACKAGE = "offload_opt"
 # From the bottom up. Within a layer, too, a module imports only those before it.
 LAYERS = [
     ["errors", "config", "trace", "drives"],
-    ["units", "codecs", "schedule", "planner", "inner"],
+    ["codecs", "units", "coding", "planner", "inner"],
     ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "store", "bandwidth", "tuning"],
     ["swap_manager"],
-    ["pager", "state_dict", "weights", "checkpoint", "optimizer"],
+    ["update", "pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
     ["doctor", "inspection", "verification", "screens", "cli"],
 ]
