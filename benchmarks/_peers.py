@@ -209,6 +209,68 @@ class MemoryMapped(Training):
         os.fsync(self._file)
 
 
+class TensorNvme(Training):
+    """Masters and moments moved by TensorNVMe's DiskOffloader; each parameter has an AdamW of its own.
+
+    TensorNVMe has no optimizer: ColossalAI's, around it, needs CUDA. So this is ColossalAI's order of calls, with all
+    state offloaded and one parameter read ahead. Its transfers go through the page cache; ``evicts`` as in MemoryMapped.
+    """
+
+    def __init__(self, job: Job, *, evicts: bool = False) -> None:
+        from tensornvme import DiskOffloader
+
+        super().__init__(job)
+        self._evicts = evicts
+        self._offloader = DiskOffloader(job.folder, backend="uring")
+        self._optimizers = []
+        self._state: list[list[torch.Tensor]] = []
+        for parameter in self.parameters:
+            master = parameter.detach().float()
+            state = [master, torch.zeros_like(master), torch.zeros_like(master)]
+            optimizer = torch.optim.AdamW([master], fused=True, **ADAMW)
+            optimizer.state[master] = {"step": torch.tensor(0.0), "exp_avg": state[1], "exp_avg_sq": state[2]}
+            self._optimizers.append(optimizer)
+            self._state.append(state)
+            self._write(state)
+            self._offloader.sync_write_events()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._read(0)
+        for number, (parameter, optimizer) in enumerate(zip(self.parameters, self._optimizers, strict=True)):
+            self._offloader.sync_read_events()
+            self._read(number + 1)
+            state = self._state[number]
+            assert parameter.grad is not None
+            state[0].grad = parameter.grad.float()
+            optimizer.step()
+            parameter.copy_(state[0])
+            state[0].grad = parameter.grad = None
+            self._write(state)
+        self._offloader.sync_write_events()
+        if self._evicts:
+            self.release()
+
+    def prepare(self) -> None:
+        for path in Path(self.job.folder).iterdir() if self._evicts else ():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def release(self) -> None:
+        for path in Path(self.job.folder).iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _read(self, number: int) -> None:
+        for tensor in self._state[number] if number < len(self._state) else ():
+            self._offloader.async_read(tensor)
+
+    def _write(self, state: list[torch.Tensor]) -> None:
+        for tensor in state:
+            self._offloader.async_write(tensor)
+
+
 class DeepSpeed(Training):
     """ZeRO-3 with DeepSpeedCPUAdam: its state on NVMe, or (``device="cpu"``) in memory."""
 
@@ -260,6 +322,8 @@ CONTENDERS: dict[str, Callable[[Job], Training]] = {
     "memory-fp32": InMemoryFp32,
     "mmap": MemoryMapped,
     "mmap-cold": lambda job: MemoryMapped(job, evicts=True),
+    "tensornvme": TensorNvme,
+    "tensornvme-cold": lambda job: TensorNvme(job, evicts=True),
     "deepspeed": DeepSpeed,
     "deepspeed-cpu": lambda job: DeepSpeed(job, device="cpu"),
 }

@@ -13,7 +13,8 @@ under way. Figures are medians over the rounds, and ratios medians of the ratios
 - memory: AdamW over fp32 masters in memory, by hand. fp32, memory-fp32: fp32 parameters, which need no masters.
 - mmap: masters and moments in a mapped file, by hand. While free memory suffices, that measures the page cache; what
   reached the drive of it is in the columns of bytes. mmap-cold: as it is where the state is far larger than the memory.
-- tensornvme: TensorNVMe's offloader moves masters and moments around the same AdamW, prefetching as its examples do.
+- tensornvme, tensornvme-cold: TensorNVMe's offloader moves masters and moments around the same AdamW, also through the
+  page cache.
 
 The limit of a step is max(bytes / B_mixed, T_update). B_mixed is what the drive reads and writes at once past the page
 cache, measured in each round: by plain system calls in threads or by the bare handle, whichever is faster. T_update is
@@ -45,8 +46,8 @@ from offload_opt.config import parse_bytes
 PEERS = Path(__file__).with_name("_peers.py")
 OURS = {"exact": 10.0, "bf16": 6.0, "int8": 4.1, "fp32": 8.0}
 """Our contenders, and the bytes of state that each keeps for a parameter."""
-DEFAULT = ("compute", "exact", "bf16", "int8", "deepspeed", "memory", "mmap", "mmap-cold", "tensornvme")
-OPTIONAL = ("fp32", "memory-fp32")
+DEFAULT = ("compute", "exact", "bf16", "int8", "deepspeed", "memory", "mmap", "mmap-cold", "tensornvme-cold")
+OPTIONAL = ("tensornvme", "fp32", "memory-fp32")
 RESIDENT_PARAMETERS = 100e6
 """The most that a contender has whose state is all in memory, for T_update."""
 
