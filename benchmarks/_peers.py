@@ -38,6 +38,7 @@ class Job:
     host_memory: int
     durability: str
     sub_group: int  # DeepSpeed's sub_group_size, in elements
+    deepspeed_threads: int  # DeepSpeed's intra_op_parallelism
     weights: str  # the file for the weights after the first iterations
 
 
@@ -53,7 +54,9 @@ class Training:
         make = [torch.nn.Linear(job.width, job.width, bias=False, dtype=self.dtype) for _ in range(layers)]
         for layer in make:
             torch.nn.init.normal_(layer.weight, std=job.width**-0.5)
-        self.model: torch.nn.Module = torch.nn.Sequential(*[part for layer in make for part in (layer, torch.nn.Tanh())])
+        self.model: torch.nn.Module = torch.nn.Sequential(
+            *[part for layer in make for part in (layer, torch.nn.Tanh())]
+        )
         self.parameters = list(self.model.parameters())
         # torch loads much when the first optimizer is made: where there is none, too.
         torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
@@ -213,7 +216,7 @@ class TensorNvme(Training):
     """Masters and moments moved by TensorNVMe's DiskOffloader; each parameter has an AdamW of its own.
 
     TensorNVMe has no optimizer: ColossalAI's, around it, needs CUDA. So this is ColossalAI's order of calls, with all
-    state offloaded and one parameter read ahead. Its transfers go through the page cache; ``evicts`` as in MemoryMapped.
+    state offloaded and one parameter read ahead. Transfers go through the page cache; ``evicts`` as in MemoryMapped.
     """
 
     def __init__(self, job: Job, *, evicts: bool = False) -> None:
@@ -238,7 +241,8 @@ class TensorNvme(Training):
     def step(self) -> None:
         self._read(0)
         for number, (parameter, optimizer) in enumerate(zip(self.parameters, self._optimizers, strict=True)):
-            self._offloader.sync_read_events()
+            # Not sync_read_events(): in 0.1.0 that name is bound to sync_write_events(), and reads may be under way.
+            self._offloader.synchronize()
             self._read(number + 1)
             state = self._state[number]
             assert parameter.grad is not None
@@ -283,12 +287,13 @@ class DeepSpeed(Training):
         self._deepspeed = deepspeed
         paging = {"nvme_path": job.folder, "buffer_count": 12, "pipeline_read": True, "pipeline_write": True}
         offload = {"device": device, "pin_memory": False, "fast_init": False, **(paging if device == "nvme" else {})}
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": job.rows,
             "bf16": {"enabled": True},
             "zero_optimization": {"stage": 3, "sub_group_size": job.sub_group, "offload_optimizer": offload},
             "aio": {"block_size": 8 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True},
         }
+        config["aio"]["intra_op_parallelism"] = job.deepspeed_threads
         optimizer = DeepSpeedCPUAdam(self.parameters, **ADAMW)
         self.model, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
 

@@ -27,8 +27,9 @@ def summary(rounds: Rounds, about: Mapping[str, Any], resident: Mapping[str, str
     for name, turns in full.items():
         row: dict[str, Any] = {
             figure: median(turn[figure] for turn in turns)
-            for figure in ("iteration", "backward", "step", "read", "written", "cpu", "bandwidth", "release")
+            for figure in ("iteration", "backward", "step", "read", "written", "cpu", "bandwidth", "release", "system")
         }
+        row["others"] = max(turn["others"] / turn["iteration"] for turn in turns)
         row["peak"] = max(turn["memory"]["peak"] for turn in turns)
         row["anonymous"] = max(turn["memory"]["anonymous"] for turn in turns)
         if "compute" in full:
@@ -128,6 +129,9 @@ def show(
     for name, row in rows.items():
         if row["release"] > 0.01:
             console.print(f"{name}: {row['release']:.3f} s a turn, off the clock, until the drive had what was written")
+    busiest = max(rows, key=lambda name: float(rows[name]["others"]))
+    if rows[busiest]["others"] > 0.1:
+        notes = [*notes, f"other programs took up to {rows[busiest]['others']:.1f} cores during a turn of {busiest}"]
     for note in notes:
         console.print(note, markup=False)
 

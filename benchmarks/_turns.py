@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-# Of a process's life, in seconds, for the answers that take longest: DeepSpeed may compile for minutes.
 _PATIENCE_AT_END = 60
+"""Seconds in which a process is to end."""
 
 
 class Contender(Protocol):
@@ -48,11 +48,14 @@ class Contender(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """What the kernel has counted for this process, all its threads together."""
+    """What the kernel has counted for this process, all its threads together, and for all programs together."""
 
     read: int
     written: int
     cpu: float
+    system: float
+    others: float
+    """User-mode CPU seconds of all other processes."""
 
     @classmethod
     def now(cls) -> Counters:
@@ -60,7 +63,15 @@ class Counters:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         # read_bytes and write_bytes: what went to the drive or came from it, O_DIRECT too. A page of a mapped file
         # counts as written when it becomes dirty.
-        return cls(int(found["read_bytes"]), int(found["write_bytes"]), usage.ru_utime + usage.ru_stime)
+        others = user_seconds() - usage.ru_utime
+        both = usage.ru_utime + usage.ru_stime
+        return cls(int(found["read_bytes"]), int(found["write_bytes"]), both, usage.ru_stime, others)
+
+
+def user_seconds() -> float:
+    """CPU seconds that all processes have had in user mode since the machine started."""
+    user, nice = Path("/proc/stat").read_text().split(maxsplit=3)[1:3]
+    return (int(user) + int(nice)) / os.sysconf("SC_CLK_TCK")
 
 
 def memory() -> dict[str, int]:
@@ -107,6 +118,8 @@ def take_turn(contender: Contender, iterations: int) -> dict[str, Any]:
         "read": (after.read - before.read) / iterations,
         "written": (after.written - before.written) / iterations,
         "cpu": (after.cpu - before.cpu) / iterations,
+        "system": (after.system - before.system) / iterations,
+        "others": max(0.0, after.others - before.others) / iterations,
         "release": released,
         "memory": used,
         "own": {name: (now[name] - own[name]) / iterations for name in now},

@@ -1,4 +1,4 @@
-"""The benchmarks of the handle and of the codecs run, with whatever of their contenders there is here."""
+"""The benchmarks of the handle, of the codecs and of the step run, with whatever of their contenders there is here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytest.importorskip("rich")
 
 AIO = Path(__file__).parents[2] / "benchmarks" / "aio.py"
 CODECS = AIO.with_name("codecs.py")
+STEP = AIO.with_name("step.py")
 # DeepSpeed's handle may have to be compiled, which takes minutes.
 SMALL = ["--blocks", "64KiB", "--depths", "4", "--size", "4MiB", "--rounds", "1", "--without", "deepspeed", "--no-save"]
 
@@ -53,3 +54,28 @@ def test_codecs_are_measured_for_speed_and_loss() -> None:
     rows = re.findall(r"│ int8 +│ +1\.01 │ +([0-9.]+)% │.* ([0-9.]+)% │\n", done.stdout)
     assert len(rows) == 2, done.stdout  # stored once, and in each step
     assert all(0 < float(share) < 20 for row in rows for share in row)
+
+
+def test_step_takes_turns_with_its_peers(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        STEP,
+        tmp_path,
+        "--contenders",
+        "exact",
+        "memory",
+        "mmap-cold",
+        "--rounds",
+        "1",
+        "--half",
+    ]
+    command += ["--parameters", "1e6", "--width", "256", "--host-memory", "2MiB", "--file-size", "32MiB", "--no-save"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("exact", "memory", "mmap-cold", "exact resident"):
+        row = re.search(rf"│ {name} *│ +([0-9.]+) │", done.stdout)
+        assert row, done.stdout
+        assert float(row[1]) > 0
+    assert "weights of exact, in rounding steps from those in memory: all equal" in done.stdout
+    assert "weights of mmap-cold, in rounding steps from those in memory: all equal" in done.stdout
+    assert list(tmp_path.iterdir()) == []
