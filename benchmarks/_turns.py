@@ -148,6 +148,8 @@ class Player:
 
     def __init__(self, script: Path, arguments: list[str]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by close())
+        # OpenMP's threads are to sleep where they wait, in all contenders alike. By default they spin, and a core that
+        # an I/O thread or another program wants is lost to both: each parallel loop may take a scheduler's slice more.
         # DeepSpeed's build runs ninja, which may be in this environment only.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._process = subprocess.Popen(
@@ -156,7 +158,7 @@ class Player:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={"DS_ACCELERATOR": "cpu", **os.environ, "PATH": path},
+            env={"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", **os.environ, "PATH": path},
         )
         try:
             self.about = self._answer()
@@ -186,4 +188,4 @@ class Player:
         self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"ended with {self._process.returncode}")
+        raise RuntimeError(f"ended with {self._process.returncode}{f': {said[-1]}' if said else ''}")

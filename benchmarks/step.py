@@ -21,6 +21,7 @@ cache, measured in each round: by plain system calls in threads or by the bare h
 the step of the same contender with so much ``host_memory`` that nothing moves (for DeepSpeed: offload to the CPU), in a
 process of its own that takes turns, too, on a model of at most 100 M parameters, from which it is scaled.
 
+OMP_WAIT_POLICY is "passive" for all unless it is set (see _turns.py), and the threads are as many as torch takes.
 Bytes and memory are what the kernel counted for the process (/proc/self/io, VmHWM since its start was over).
 """
 
@@ -30,6 +31,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -237,6 +239,7 @@ def main() -> None:
     results |= {"about": comparison.about, "rounds": comparison.rounds}
     if not args.no_save:
         settings = {name: value for name, value in vars(args).items() if name not in ("folder", "no_save")}
+        settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "passive")
         console.print(f"written to {save('step', settings, results)}")
 
 
