@@ -1,130 +1,245 @@
-"""How long an exact AdamW step takes with its state on disk, beside the limit that the drive sets.
+"""How long an iteration takes with the optimizer's state on disk: beside its own limit, and beside the peers.
 
     python benchmarks/step.py /mnt/nvme
 
-Limit: the bytes of a step over the mixed bandwidth of the drive (T_step >= bytes / B_mixed), measured in the same run,
-interleaved, with O_DIRECT reads and writes of the same block size and depth: plain system calls in threads, or the bare
-handle, whichever is faster in that round. The in-memory row is the same optimizer
-without offloading. Medians over the rounds; the ratio is the median of the ratios of each round.
+All train the same model with AdamW (see _peers.py): a stack of bf16 Linear layers whose forward and backward cost
+little, from the same weights, with the same batches. Each has a process of its own, which stays alive; they take turns,
+in an order that rotates, and only one works at a time. A turn is two whole iterations and the wait for what they left
+under way. Figures are medians over the rounds, and ratios medians of the ratios of each round.
+
+- exact, bf16, int8: OffloadOptimizer with ``master_weights``, and with that ``state_dtype``.
+- deepspeed: ZeRO-3 with its optimizer offload to NVMe, pipelined both ways, and DeepSpeedCPUAdam. It writes gradients
+  to the drive in backward, so whole iterations are compared with it.
+- memory: AdamW over fp32 masters in memory, by hand. fp32, memory-fp32: fp32 parameters, which need no masters.
+- mmap: masters and moments in a mapped file, by hand. While free memory suffices, that measures the page cache; what
+  reached the drive of it is in the columns of bytes. mmap-cold: as it is where the state is far larger than the memory.
+- tensornvme, tensornvme-cold: TensorNVMe's offloader moves masters and moments around the same AdamW, also through the
+  page cache.
+
+The limit of a step is max(bytes / B_mixed, T_update). B_mixed is what the drive reads and writes at once past the page
+cache, measured in each round: by plain system calls in threads or by the bare handle, whichever is faster. T_update is
+the step of the same contender with so much ``host_memory`` that nothing moves (for DeepSpeed: offload to the CPU), in a
+process of its own that takes turns, too, on a model of at most 100 M parameters, from which it is scaled.
+
+OMP_WAIT_POLICY is "passive" for all unless it is set (see _turns.py), and the threads are as many as torch takes.
+Bytes and memory are what the kernel counted for the process (/proc/self/io, VmHWM since its start was over).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
+import dataclasses
+import json
+import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 from _report import Disk, save
+from _results import agreements, show, summary
+from _turns import Player, user_seconds
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import offload_opt
-from offload_opt.config import AioConfig, parse_bytes
+from offload_opt.config import parse_bytes
+
+PEERS = Path(__file__).with_name("_peers.py")
+OURS = {"exact": 10.0, "bf16": 6.0, "int8": 4.1, "fp32": 8.0}
+"""Our contenders, and the bytes of state that each keeps for a parameter."""
+DEFAULT = ("compute", "exact", "bf16", "int8", "deepspeed", "memory", "mmap", "mmap-cold", "tensornvme-cold")
+OPTIONAL = ("tensornvme", "fp32", "memory-fp32")
+RESIDENT_PARAMETERS = 100e6
+"""The most that a contender has whose state is all in memory, for T_update."""
+
+DISTURBED = 0.1
+"""How many cores others may use during a turn that counts as undisturbed."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a folder on the drive to measure")
-    parser.add_argument("--parameters", type=float, default=200e6)
-    parser.add_argument("--host-memory", default="512MiB")
-    parser.add_argument("--unit-size", default=None)
-    parser.add_argument("--block-size", default="1MiB")
-    parser.add_argument("--depth", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1, help="I/O worker threads")
-    parser.add_argument("--engine", default="auto")
+    names = [*DEFAULT, *OPTIONAL]
+    parser.add_argument(
+        "--contenders", nargs="+", choices=names, default=DEFAULT, metavar="NAME", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument("--parameters", type=float, default=100e6)
+    parser.add_argument("--width", type=int, default=2048, help="of the layers (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=4, help="of a batch (default: %(default)s)")
+    parser.add_argument("--host-memory", default="128MiB", help="ours (default: %(default)s)")
+    parser.add_argument("--durability", default="snapshot", help="ours (default: %(default)s)")
+    parser.add_argument("--half", action="store_true", help="ours with host_memory for half of the state, too")
+    parser.add_argument("--sub-group", default="16Mi", help="elements of DeepSpeed's groups (default: %(default)s)")
+    parser.add_argument("--deepspeed-threads", type=int, default=2, help="its I/O threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
+    parser.add_argument("--iterations", type=int, default=2, help="of a turn; even, as our order alternates")
+    parser.add_argument("--one-by-one", action="store_true", help="each takes all its turns at once: for large models")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0,
+        help="on a machine that others use: seconds to wait before a turn for them to be idle. A turn during which "
+        "they were not is taken again, up to five times (default: %(default)s)",
+    )
+    parser.add_argument("--file-size", default="1GiB", help="of the files that the drive is measured with")
     parser.add_argument("--no-save", action="store_true")
     return parser.parse_args()
 
 
-def make_parameters(count: int, width: int = 2048) -> list[torch.nn.Parameter]:
-    """The matrices of a transformer, and a small one, until there are ``count`` elements; with gradients."""
-    parameters = []
-    while count > 0:
-        rows = min(4 * width, -(-count // width))
-        parameters.append(torch.nn.Parameter(torch.randn(rows, width) * 0.02))
-        count -= rows * width
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    return parameters
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """One process at the table."""
+
+    name: str
+    contender: str
+    parameters: float
+    host_memory: int
+    resident: str = ""  # the seat that tells its T_update
 
 
-def timed(step: object) -> float:
-    started = time.perf_counter()
-    step()  # type: ignore[operator]
-    return time.perf_counter() - started
+def seats(args: argparse.Namespace) -> list[Seat]:
+    """Who is to be measured, and who is needed to tell their limits."""
+    host_memory = parse_bytes(args.host_memory, "host-memory")
+    small = min(args.parameters, RESIDENT_PARAMETERS)
+    found, resident = [], []
+    for name in args.contenders:
+        limited_by = f"{name} resident" if name in OURS or name == "deepspeed" else ""
+        found.append(Seat(name, name, args.parameters, host_memory, limited_by))
+        if name in OURS:
+            if args.half:
+                half = int(args.parameters * OURS[name] / 2)
+                found.append(Seat(f"{name} half", name, args.parameters, half, limited_by))
+            resident.append(Seat(limited_by, name, small, int(small * 16) + (256 << 20)))
+        elif name == "deepspeed":
+            resident.append(Seat(limited_by, "deepspeed-cpu", small, 0))
+    return found + resident
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Return when no other process has computed for a while, or after ``patience`` seconds."""
+    until, quiet = time.monotonic() + patience, 0
+    while time.monotonic() < until and quiet < 3:
+        before = user_seconds()
+        time.sleep(0.2)
+        quiet = quiet + 1 if user_seconds() - before < DISTURBED * 0.2 else 0
+
+
+class Comparison:
+    """The processes, their turns, and the drive's own figures."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._args, self._folder = args, folder
+        self.seats = seats(args)
+        self.notes: list[str] = []
+        self.about: dict[str, dict[str, Any]] = {}
+        self.rounds: dict[str, list[dict[str, Any]]] = {}
+        self._disk = Disk(folder, parse_bytes(args.file_size, "file-size"), 1 << 20, 32)
+
+    def run(self, progress: Progress) -> None:
+        task = progress.add_task("", total=len(self.seats) * (1 + self._args.rounds))
+
+        def tick(what: str) -> None:
+            progress.update(task, description=what, refresh=True)
+            progress.advance(task)
+
+        tables = [[seat] for seat in self.seats] if self._args.one_by_one else [self.seats]
+        for table in tables:
+            with self._players(table, tick) as players:
+                for number in range(self._args.rounds):
+                    self._round(number, players, tick)
+        self._disk.close()
+
+    def weights(self, name: str) -> Path:
+        """The file with a contender's weights after its first iterations."""
+        return self._folder / f"{name} weights".replace(" ", "-")
+
+    def _round(self, number: int, players: dict[str, Player], tick: Any) -> None:
+        bandwidth = self._disk.mixed()
+        first = number % max(1, len(players))
+        order = list(players)[first:] + list(players)[:first]
+        for name in order[:: -1 if number % 2 else 1]:
+            tick(name)
+            try:
+                turn = self._turn(players[name])
+            except RuntimeError as error:
+                self.notes.append(f"{name} ended in round {number + 1}: {error}")
+                players.pop(name).close()
+                continue
+            self.rounds.setdefault(name, []).append({**turn, "bandwidth": bandwidth})
+
+    def _turn(self, player: Player) -> dict[str, Any]:
+        """A turn; the least disturbed one of some, where others use the machine and there is patience."""
+        turns: list[dict[str, Any]] = []
+        while len(turns) < (6 if self._args.patience else 1):
+            wait_for_quiet(self._args.patience)
+            turns.append(player.turn(self._args.iterations))
+            if turns[-1]["others"] < DISTURBED * turns[-1]["iteration"]:
+                break
+        return {**min(turns, key=lambda turn: turn["others"] / turn["iteration"]), "tries": len(turns)}
+
+    @contextlib.contextmanager
+    def _players(self, table: list[Seat], tick: Any) -> Iterator[dict[str, Player]]:
+        players: dict[str, Player] = {}
+        try:
+            for seat in table:
+                tick(f"starting {seat.name}")
+                with contextlib.suppress(_Absent):
+                    players[seat.name] = self._sit_down(seat)
+            yield players
+        finally:
+            for player in players.values():
+                player.close()
+
+    def _sit_down(self, seat: Seat) -> Player:
+        args = self._args
+        folder = self._folder / seat.name.replace(" ", "-")
+        folder.mkdir()
+        job = {
+            "contender": seat.contender,
+            "folder": str(folder),
+            "parameters": int(seat.parameters),
+            "width": args.width,
+            "rows": args.rows,
+            "host_memory": seat.host_memory,
+            "durability": args.durability,
+            "sub_group": parse_bytes(args.sub_group, "sub-group"),
+            "deepspeed_threads": args.deepspeed_threads,
+            "weights": str(self.weights(seat.name)),
+        }
+        try:
+            player = Player(PEERS, [json.dumps(job)])
+        except RuntimeError as error:
+            self.notes.append(f"without {seat.name}: {error}")
+            raise _Absent from error
+        self.about[seat.name] = player.about
+        return player
+
+
+class _Absent(Exception):
+    """A contender that does not run here."""
 
 
 def main() -> None:
     args = parse()
-    torch.manual_seed(0)
-    block_size = parse_bytes(args.block_size, "block-size")
-    parameters = make_parameters(int(args.parameters))
-    count = sum(p.numel() for p in parameters)
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    for copy, parameter in zip(copies, parameters, strict=True):
-        copy.grad = parameter.grad
-    in_memory = torch.optim.AdamW(copies, lr=1e-4, fused=args.fused)
-    aio = AioConfig(block_size=block_size, queue_depth=args.depth, num_threads=args.threads, engine=args.engine)
-
-    rows: dict[str, list[float]] = {name: [] for name in ("limit", "offloaded", "in_memory", "wait", "bandwidth")}
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder, Progress(transient=True) as progress:
-        disk = Disk(Path(folder), 1 << 30, block_size, args.depth)
-        optimizer = offload_opt.OffloadOptimizer(
-            torch.optim.AdamW(parameters, lr=1e-4, fused=args.fused),
-            folder,
-            host_memory=args.host_memory,
-            unit_size=args.unit_size,
-            aio=aio,
-        )
-        for _ in range(2):  # the first step makes the state, the second is the first to read it
-            optimizer.step()
-            in_memory.step()
-        for _ in progress.track(range(args.rounds), description="rounds"):
-            optimizer.synchronize()
-            bandwidth = disk.mixed()
-            before = optimizer.stats
-            # Two steps: the reads ahead that the first one finds done are paid for by those that the last one starts.
-            seconds = (timed(optimizer.step) + timed(optimizer.step) + timed(optimizer.synchronize)) / 2
-            after = optimizer.stats
-            moved = (after.bytes_read - before.bytes_read + after.bytes_written - before.bytes_written) / 2
-            rows["bandwidth"].append(bandwidth)
-            rows["limit"].append(moved / bandwidth)
-            rows["offloaded"].append(seconds)
-            rows["wait"].append((after.io_wait_seconds - before.io_wait_seconds) / 2)
-            rows["in_memory"].append(timed(in_memory.step))
-        stats = optimizer.stats
-        optimizer.close()
-        disk.close()
-
-    ratio = statistics.median(a / b for a, b in zip(rows["offloaded"], rows["limit"], strict=True))
-    median = {name: statistics.median(values) for name, values in rows.items()}
-    table = Table(title=f"AdamW step, {count / 1e6:.0f} M fp32 parameters, state {stats.state_bytes / 2**30:.2f} GiB")
-    for column in ("", "seconds", "x limit", "M parameters/s"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, name in (("limit of the drive", "limit"), ("offloaded", "offloaded"), ("in memory", "in_memory")):
-        shown = ratio if name == "offloaded" else median[name] / median["limit"]
-        table.add_row(label, f"{median[name]:.3f}", f"{shown:.2f}", f"{count / median[name] / 1e6:.0f}")
     console = Console()
-    console.print(table)
-    console.print(
-        f"{moved / 1e9:.2f} GB a step; mixed O_DIRECT {median['bandwidth'] / 1e9:.2f} GB/s with {args.depth} x "
-        f"{args.block_size}; waiting for I/O {median['wait']:.3f} s; buffers {stats.host_memory_bytes / 2**20:.0f} MiB"
-    )
+    if not console.is_terminal:
+        console.width = 140
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn only between the turns: a thread that draws all the while would be measured along.
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder, bar as progress:
+        comparison = Comparison(args, Path(folder))
+        comparison.run(progress)
+        agreed = agreements({name: comparison.weights(name) for name in comparison.about})
+    rows = summary(comparison.rounds, comparison.about, {s.name: s.resident for s in comparison.seats})
+    show(console, args, rows, agreed, comparison.notes)
+    results = {"rows": rows, "agreement": agreed, "notes": comparison.notes}
+    results |= {"about": comparison.about, "rounds": comparison.rounds}
     if not args.no_save:
         settings = {name: value for name, value in vars(args).items() if name not in ("folder", "no_save")}
-        results = {
-            "ratio_to_limit": ratio,
-            "bytes_per_step": moved,
-            "parameters": count,
-            "median": median,
-            "rounds": rows,
-        }
+        settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "passive")
         console.print(f"written to {save('step', settings, results)}")
 
 

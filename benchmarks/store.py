@@ -35,7 +35,6 @@ from _report import save
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from step import make_parameters, timed
 
 from offload_opt import OffloadOptimizer
 from offload_opt.config import format_bytes, parse_bytes
@@ -66,6 +65,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--run", choices=MEMORY_KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def make_parameters(count: int, width: int = 2048) -> list[torch.nn.Parameter]:
+    """The matrices of a transformer, and a small one, until there are ``count`` elements; with gradients."""
+    parameters = []
+    while count > 0:
+        rows = min(4 * width, -(-count // width))
+        parameters.append(torch.nn.Parameter(torch.randn(rows, width) * 0.02))
+        count -= rows * width
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    return parameters
+
+
+def timed(step: object) -> float:
+    started = time.perf_counter()
+    step()  # type: ignore[operator]
+    return time.perf_counter() - started
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The benchmarks of the handle, the codecs, the plan and convergence run, with whatever contenders there are here."""
+"""The benchmarks run, with whatever of their contenders there is here."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ AIO = Path(__file__).parents[2] / "benchmarks" / "aio.py"
 CODECS = AIO.with_name("codecs.py")
 PLAN = AIO.with_name("plan.py")
 CONVERGENCE = AIO.with_name("convergence.py")
+STEP = AIO.with_name("step.py")
 # DeepSpeed's handle may have to be compiled, which takes minutes.
 SMALL = ["--blocks", "64KiB", "--depths", "4", "--size", "4MiB", "--rounds", "1", "--without", "deepspeed", "--no-save"]
 
@@ -81,4 +82,29 @@ def test_convergence_trains_every_contender(dtype: str, tmp_path: Path) -> None:
     if dtype == "fp32":
         assert losses["ours, exact"] == losses["torch AdamW"]
     assert "Verdict: " in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_step_takes_turns_with_its_peers(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        STEP,
+        tmp_path,
+        "--contenders",
+        "exact",
+        "memory",
+        "mmap-cold",
+        "--rounds",
+        "1",
+        "--half",
+    ]
+    command += ["--parameters", "1e6", "--width", "256", "--host-memory", "2MiB", "--file-size", "32MiB", "--no-save"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("exact", "memory", "mmap-cold", "exact resident"):
+        row = re.search(rf"│ {name} *│ +([0-9.]+) │", done.stdout)
+        assert row, done.stdout
+        assert float(row[1]) > 0
+    assert "weights of exact, in rounding steps from those in memory: all equal" in done.stdout
+    assert "weights of mmap-cold, in rounding steps from those in memory: all equal" in done.stdout
     assert list(tmp_path.iterdir()) == []
