@@ -179,11 +179,7 @@ class UnitUpdate:
             chunk.target = views.pop(MASTER) if MASTER in views else chunk.decoded[MASTER]
             if small is None:
                 chunk.target.copy_(weight)
-            cast = self._scratch.take(end - begin, own.device)
-            cast = (
-                cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
-            )
-            chunk.target.grad = cast.copy_(grad)
+            chunk.target.grad = self._cast(grad, own)
         if small is not None:
             is_cut = len(piece.cuts) > 2
             chunk.state.update({name: copy_value(value) for name, value in small.items()} if is_cut else small)
