@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a folder on the drive to measure")
     parser.add_argument("--parameters", type=float, default=200e6)
-    parser.add_argument("--host-memory", default="512MiB")
+    parser.add_argument("--host-memory", default="128MiB", help="of the steps (default: %(default)s)")
     parser.add_argument("--state", default="2GiB", help="size of the state that is snapshot (default: %(default)s)")
     parser.add_argument("--saved", default="1GiB", help="size of the state that is saved (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
