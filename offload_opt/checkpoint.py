@@ -163,10 +163,11 @@ class Checkpointer:
             self._store.retire_all()
             if found.manifest.weights is not None:  # first: a master is stored as what its weight lacks
                 read_weights(found.manifest.weights, found.folders, self._handle, groups, found.where)
+            # Before state is stored anew: its rounding goes by the epoch.
+            self._continue(found.manifest, is_own=directory is None)
             self._take_up(found, directory, groups)
             for group, then in zip(groups, found.groups, strict=True):
                 group.update({name: value for name, value in then.items() if name != "params"})
-            self._continue(found.manifest, is_own=directory is None)
             if self._is_durable and directory is not None:
                 self.commit(groups, found.extra, wait=True)
             self._undecided = False

@@ -356,6 +356,32 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
+    _add_bench(commands, seconds)
+
+    text = "find the I/O settings that suit a folder's drive, and keep them in the folder"
+    tune = commands.add_parser("tune", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    tune.add_argument("path", type=arguments.folder, metavar="PATH", help="the folder that OffloadOptimizer is given")
+    tune.add_argument("--seconds", type=arguments.seconds, default=40.0, metavar="S", help=seconds)
+    tune.add_argument("--dry-run", action="store_true", help="only print what is found")
+    tune.set_defaults(run=_tune)
+
+    add_plan(commands)
+
+    text = "say what a store or a snapshot holds, from its manifests"
+    inspect = commands.add_parser("inspect", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    _add_stores(inspect, "what is found")
+    inspect.set_defaults(run=_inspect)
+
+    text = "read all of a store or a snapshot, and say what is not as it was written"
+    verify = commands.add_parser(
+        "verify", help=text, description=f"{text[0].upper()}{text[1:]}. The exit status is 1 where something is not."
+    )
+    _add_stores(verify, "the findings")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[CommandParser], seconds: str) -> None:
     text = "measure how fast a folder's drive reads, writes, and does both"
     bench = commands.add_parser(
         "bench", help=text, description=f"{text[0].upper()}{text[1:]}. A LIST is separated by commas."
@@ -394,28 +420,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=arguments.seconds, default=60.0, metavar="S", help=seconds)
     add("--json", action="store_true", help="print the figures as JSON, in bytes a second")
     bench.set_defaults(run=_bench)
-
-    text = "find the I/O settings that suit a folder's drive, and keep them in the folder"
-    tune = commands.add_parser("tune", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    tune.add_argument("path", type=arguments.folder, metavar="PATH", help="the folder that OffloadOptimizer is given")
-    tune.add_argument("--seconds", type=arguments.seconds, default=40.0, metavar="S", help=seconds)
-    tune.add_argument("--dry-run", action="store_true", help="only print what is found")
-    tune.set_defaults(run=_tune)
-
-    add_plan(commands)
-
-    text = "say what a store or a snapshot holds, from its manifests"
-    inspect = commands.add_parser("inspect", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    _add_stores(inspect, "what is found")
-    inspect.set_defaults(run=_inspect)
-
-    text = "read all of a store or a snapshot, and say what is not as it was written"
-    verify = commands.add_parser(
-        "verify", help=text, description=f"{text[0].upper()}{text[1:]}. The exit status is 1 where something is not."
-    )
-    _add_stores(verify, "the findings")
-    verify.set_defaults(run=_verify)
-    return parser
 
 
 def _add_stores(parser: argparse.ArgumentParser, what: str) -> None:

@@ -279,6 +279,25 @@ def test_a_store_of_another_codec_is_taken_up(store: Path) -> None:
             assert 0 < error < 0.01
 
 
+def test_a_store_that_is_laid_out_anew_is_rounded_by_its_epoch(store: Path, tmp_path: Path) -> None:
+    # Not by the steps that the optimizer had made before it was restored.
+    parameter = torch.nn.Parameter(torch.randn(50_000))
+    with OffloadOptimizer(O.AdamW([parameter]), store, host_memory="400KiB") as optimizer:
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        optimizer.snapshot(tmp_path / "snap")
+    found = []
+    for steps in (0, 2):
+        (tmp_path / f"after-{steps}").mkdir()
+        fields = {"host_memory": "400KiB", "state_dtype": "int8"}
+        with OffloadOptimizer(O.AdamW([parameter]), tmp_path / f"after-{steps}", **fields) as optimizer:
+            for _ in range(steps):
+                optimizer.step()
+            optimizer.restore(tmp_path / "snap")
+            found.append(optimizer.state[parameter]["exp_avg"])
+    assert bits_equal(*found)
+
+
 # What is refused.
 
 
