@@ -158,7 +158,7 @@ class Player:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", **os.environ, "PATH": path},
+            env={"DS_ACCELERATOR": "cpu", **os.environ, "PATH": path},
         )
         try:
             self.about = self._answer()

@@ -17,7 +17,8 @@ under way. Figures are medians over the rounds, and ratios medians of the ratios
   page cache.
 
 The limit of a step is max(bytes / B_mixed, T_update). B_mixed is what the drive reads and writes at once past the page
-cache, measured in each round: by plain system calls in threads or by the bare handle, whichever is faster. T_update is
+cache, measured just before and after each turn: by plain system calls in threads or by the bare handle, whichever is
+faster; the mean of the two. T_update is
 the step of the same contender with so much ``host_memory`` that nothing moves (for DeepSpeed: offload to the CPU), in a
 process of its own that takes turns, too, on a model of at most 100 M parameters, from which it is scaled.
 
@@ -103,7 +104,7 @@ def seats(args: argparse.Namespace) -> list[Seat]:
     """Who is to be measured, and who is needed to tell their limits."""
     host_memory = parse_bytes(args.host_memory, "host-memory")
     small = min(args.parameters, RESIDENT_PARAMETERS)
-    found, resident = [], []
+    found = []
     for name in args.contenders:
         limited_by = f"{name} resident" if name in OURS or name == "deepspeed" else ""
         found.append(Seat(name, name, args.parameters, host_memory, limited_by))
@@ -111,10 +112,10 @@ def seats(args: argparse.Namespace) -> list[Seat]:
             if args.half:
                 half = int(args.parameters * OURS[name] / 2)
                 found.append(Seat(f"{name} half", name, args.parameters, half, limited_by))
-            resident.append(Seat(limited_by, name, small, int(small * 16) + (256 << 20)))
+            found.append(Seat(limited_by, name, small, int(small * 16) + (256 << 20)))
         elif name == "deepspeed":
-            resident.append(Seat(limited_by, "deepspeed-cpu", small, 0))
-    return found + resident
+            found.append(Seat(limited_by, "deepspeed-cpu", small, 0))
+    return found
 
 
 def wait_for_quiet(patience: float) -> None:
@@ -156,7 +157,8 @@ class Comparison:
         return self._folder / f"{name} weights".replace(" ", "-")
 
     def _round(self, number: int, players: dict[str, Player], tick: Any) -> None:
-        bandwidth = self._disk.mixed()
+        bandwidth = self._disk.mixed()  # what it was last
+        limited = {seat.name for seat in self.seats if seat.resident}
         first = number % max(1, len(players))
         order = list(players)[first:] + list(players)[:first]
         for name in order[:: -1 if number % 2 else 1]:
@@ -167,7 +169,10 @@ class Comparison:
                 self.notes.append(f"{name} ended in round {number + 1}: {error}")
                 players.pop(name).close()
                 continue
-            self.rounds.setdefault(name, []).append({**turn, "bandwidth": bandwidth})
+            before = bandwidth
+            if name in limited:
+                bandwidth = self._disk.mixed()
+            self.rounds.setdefault(name, []).append({**turn, "bandwidth": (before + bandwidth) / 2})
 
     def _turn(self, player: Player) -> dict[str, Any]:
         """A turn; the least disturbed one of some, where others use the machine and there is patience."""

@@ -268,56 +268,60 @@ void bind_codecs(py::module_& module) {
   using Address = std::uintptr_t;
   module.def(
       "encode_bf16",
-      [](Address values, Address stored, std::size_t count, std::uint64_t key, std::uint64_t first) {
-        without_gil([&] { encode_bf16(at<float>(values), at<std::uint16_t>(stored), count, {key, first}); });
+      [](Address values, Address stored, std::size_t count, std::uint64_t key, std::uint64_t first, unsigned threads) {
+        without_gil([&] { encode_bf16(at<float>(values), at<std::uint16_t>(stored), count, {key, first}, threads); });
       },
-      py::arg("values"), py::arg("stored"), py::arg("count"), py::arg("key"), py::arg("first"));
+      py::arg("values"), py::arg("stored"), py::arg("count"), py::arg("key"), py::arg("first"), py::arg("threads"));
   module.def(
       "decode_bf16",
-      [](Address stored, Address values, std::size_t count) {
-        without_gil([&] { decode_bf16(at<std::uint16_t>(stored), at<float>(values), count); });
+      [](Address stored, Address values, std::size_t count, unsigned threads) {
+        without_gil([&] { decode_bf16(at<std::uint16_t>(stored), at<float>(values), count, threads); });
       },
-      py::arg("stored"), py::arg("values"), py::arg("count"));
+      py::arg("stored"), py::arg("values"), py::arg("count"), py::arg("threads"));
   module.def(
       "encode_int8",
       [](bool is_signed, Address values, Address codes, Address exponents, std::size_t count, std::uint64_t key,
-         std::uint64_t first) {
+         std::uint64_t first, unsigned threads) {
         const Int8Kind kind = is_signed ? Int8Kind::kSigned : Int8Kind::kNonNegative;
         return without_gil([&] {
           return encode_int8(kind, at<float>(values), at<std::uint8_t>(codes), at<std::uint8_t>(exponents), count,
-                             {key, first});
+                             {key, first}, threads);
         });
       },
       py::arg("is_signed"), py::arg("values"), py::arg("codes"), py::arg("exponents"), py::arg("count"), py::arg("key"),
-      py::arg("first"));
+      py::arg("first"), py::arg("threads"));
   module.def(
       "decode_int8",
-      [](bool is_signed, Address codes, Address exponents, Address values, std::size_t count) {
+      [](bool is_signed, Address codes, Address exponents, Address values, std::size_t count, unsigned threads) {
         const Int8Kind kind = is_signed ? Int8Kind::kSigned : Int8Kind::kNonNegative;
-        without_gil(
-            [&] { decode_int8(kind, at<std::uint8_t>(codes), at<std::uint8_t>(exponents), at<float>(values), count); });
+        without_gil([&] {
+          decode_int8(kind, at<std::uint8_t>(codes), at<std::uint8_t>(exponents), at<float>(values), count, threads);
+        });
       },
-      py::arg("is_signed"), py::arg("codes"), py::arg("exponents"), py::arg("values"), py::arg("count"));
+      py::arg("is_signed"), py::arg("codes"), py::arg("exponents"), py::arg("values"), py::arg("count"),
+      py::arg("threads"));
   module.def(
       "split_master",
-      [](Address master, Address weight, Address remainder, std::size_t count, Address ties, std::size_t capacity) {
+      [](Address master, Address weight, Address remainder, std::size_t count, Address ties, std::size_t capacity,
+         unsigned threads) {
         return without_gil([&] {
           return split_master(at<float>(master), at<std::uint16_t>(weight), at<std::uint16_t>(remainder), count,
-                              at<std::int32_t>(ties), capacity);
+                              at<std::int32_t>(ties), capacity, threads);
         });
       },
       py::arg("master"), py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"),
-      py::arg("capacity"));
+      py::arg("capacity"), py::arg("threads"));
   module.def(
       "join_master",
-      [](Address weight, Address remainder, std::size_t count, Address ties, std::size_t tie_count, Address master) {
+      [](Address weight, Address remainder, std::size_t count, Address ties, std::size_t tie_count, Address master,
+         unsigned threads) {
         without_gil([&] {
           join_master(at<std::uint16_t>(weight), at<std::uint16_t>(remainder), count, at<std::int32_t>(ties), tie_count,
-                      at<float>(master));
+                      at<float>(master), threads);
         });
       },
       py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"), py::arg("tie_count"),
-      py::arg("master"));
+      py::arg("master"), py::arg("threads"));
 }
 
 // Leaves [data, data + size), whole pages, out of children of fork().

@@ -6,8 +6,9 @@ stored is the value: an average that moves by less than a step of the stored num
 numbers are counter-based: they depend on ``key`` and on an element's number alone. So the same step gives the same
 bytes however the state is cut, and again after a crash.
 
-Tensors on the CPU go through the native loops (csrc/codec.cpp), those on other devices through the ``reference_``
-functions, which do the same in tensor operations, bit for bit.
+Tensors on the CPU go through the native loops (csrc/codec.cpp) on torch's threads, as many as torch.set_num_threads
+allows; those on other devices through the ``reference_`` functions, which do the same in tensor operations, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Bf16:
         if values.device.type != "cpu":
             reference_encode_bf16(values, stored[0], key, first)
         else:
-            _C.encode_bf16(values.data_ptr(), stored[0].data_ptr(), values.numel(), key, first)
+            _C.encode_bf16(values.data_ptr(), stored[0].data_ptr(), values.numel(), key, first, torch.get_num_threads())
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         _check_values("out", out)
@@ -105,7 +106,7 @@ class Bf16:
         if out.device.type != "cpu":
             reference_decode_bf16(stored[0], out)
         else:
-            _C.decode_bf16(stored[0].data_ptr(), out.data_ptr(), out.numel())
+            _C.decode_bf16(stored[0].data_ptr(), out.data_ptr(), out.numel(), torch.get_num_threads())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Int8:
             negative = reference_encode_int8(self.is_signed, values, codes, exponents, key, first)
         else:
             pointers = values.data_ptr(), codes.data_ptr(), exponents.data_ptr()
-            negative = _C.encode_int8(self.is_signed, *pointers, values.numel(), key, first)
+            threads = torch.get_num_threads()
+            negative = _C.encode_int8(self.is_signed, *pointers, values.numel(), key, first, threads)
         if negative != values.numel():
             value = float(values[negative])
             raise ValueError(f"element {first + negative} is {value:g}: this state cannot be below zero")
@@ -151,7 +153,8 @@ class Int8:
         if out.device.type != "cpu":
             reference_decode_int8(self.is_signed, codes, exponents, out)
         else:
-            _C.decode_int8(self.is_signed, codes.data_ptr(), exponents.data_ptr(), out.data_ptr(), out.numel())
+            pointers = codes.data_ptr(), exponents.data_ptr(), out.data_ptr()
+            _C.decode_int8(self.is_signed, *pointers, out.numel(), torch.get_num_threads())
 
 
 @functools.cache
@@ -202,13 +205,13 @@ def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Te
     _check_master(master, weight, remainder)
     if master.device.type != "cpu":
         return reference_split_master(master, weight, remainder)
-    count = master.numel()
+    count, threads = master.numel(), torch.get_num_threads()
     pointers = master.data_ptr(), weight.data_ptr(), remainder.data_ptr()
     ties = torch.empty(64 + (count >> 15), dtype=torch.int32)
-    found = _C.split_master(*pointers, count, ties.data_ptr(), ties.numel())
+    found = _C.split_master(*pointers, count, ties.data_ptr(), ties.numel(), threads)
     if found > ties.numel():  # not weights of a real model
         ties = torch.empty(found, dtype=torch.int32)
-        _C.split_master(*pointers, count, ties.data_ptr(), found)
+        _C.split_master(*pointers, count, ties.data_ptr(), found, threads)
     return ties[:found].clone()
 
 
@@ -222,7 +225,8 @@ def join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tenso
         reference_join_master(weight, remainder, ties, out)
     else:
         pointers = weight.data_ptr(), remainder.data_ptr()
-        _C.join_master(*pointers, out.numel(), ties.data_ptr(), ties.numel(), out.data_ptr())
+        numbers = out.numel(), ties.data_ptr(), ties.numel()
+        _C.join_master(*pointers, *numbers, out.data_ptr(), torch.get_num_threads())
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
