@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import mmap
 import os
 import platform
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +83,27 @@ class Disk:
             thread.join()
         return 2 * self.blocks * self.block_size / (time.perf_counter() - started)
 
-    def handle(self) -> float:
-        """With an AioHandle, in transfers of 32 blocks."""
+    def handle(self, goes_on: Callable[[], bool] | None = None) -> float:
+        """With an AioHandle, in transfers of 32 blocks; again and again while ``goes_on()``."""
         with offload_opt.AioHandle(self.block_size, self.depth) as handle:
             size = 32 * self.block_size
-            total = self.blocks * self.block_size // size * size
+            offsets: Iterable[int] = range(0, self.blocks * self.block_size // size * size, size)
             buffers = [handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8)) for _ in range(4)]
-            started = time.perf_counter()
-            for i, offset in enumerate(range(0, total, size)):
-                handle.async_pread(buffers[i % 2], self.paths[0], offset)
-                handle.async_pwrite(buffers[2 + i % 2], self.paths[1], offset)
+            under_way: deque[offload_opt.IoFuture] = deque()
+            moved, started = 0, time.perf_counter()
+            for i, offset in enumerate(offsets if goes_on is None else itertools.cycle(offsets)):
+                if goes_on is not None and not goes_on():
+                    break
+                while len(under_way) >= 4:
+                    under_way.popleft().wait()
+                under_way.append(handle.async_pread(buffers[i % 2], self.paths[0], offset))
+                under_way.append(handle.async_pwrite(buffers[2 + i % 2], self.paths[1], offset))
+                moved += 2 * size
             handle.wait()
             seconds = time.perf_counter() - started
             for buffer in buffers:
                 handle.free_cpu_locked_tensor(buffer)
-        return 2 * total / seconds
+        return moved / seconds
 
     def close(self) -> None:
         for path in self.paths:

@@ -51,16 +51,25 @@ def summary(rounds: Rounds, about: Mapping[str, Any], resident: Mapping[str, str
 
 
 def _limits(name: str, turns: list[dict[str, Any]], twin: str, full: Rounds, scale: float) -> dict[str, Any]:
-    """The limit of a step, in each round of its own, and the step's ratio to it."""
+    """The limits of a step, in each round of its own, and the step's ratios to them."""
     steps = _steps(name, full)
+    moved = [turn["read"] + turn["written"] for turn in turns]
     updates = [scale * seconds for seconds in _steps(twin, full)]
-    disk = [(turn["read"] + turn["written"]) / turn["bandwidth"] for turn in turns]
-    limits = list(map(max, disk, updates))
+    drive = [size / turn["bandwidth"] for size, turn in zip(moved, turns, strict=True)]
+    busy = [turn["busy"] for turn in full[twin]]
+    updates_at_once = _steps(twin, {**full, twin: busy})
+    at_once = [
+        max(size / at["bandwidth"], scale * seconds)
+        for size, at, seconds in zip(moved, busy, updates_at_once, strict=True)
+    ]
+    limits = list(map(max, drive, updates))
     return {
         "limit": median(limits),
-        "limit_of_drive": median(disk),
+        "limit_of_drive": median(drive),
         "limit_of_update": median(updates),
+        "limit_at_once": median(at_once),
         "ratio_to_limit": median(step / limit for step, limit in zip(steps, limits, strict=True)),
+        "ratio_to_at_once": median(step / limit for step, limit in zip(steps, at_once, strict=True)),
     }
 
 
@@ -108,19 +117,20 @@ def show(
     notes: list[str],
 ) -> None:
     table = Table(title=f"{args.parameters / 1e6:.0f} M parameters, AdamW, our host_memory {args.host_memory}")
-    for column in ("", "iteration\ns", "step\ns", "read\nGB", "written\nGB", "CPU\ns", "limit of\ndrive, s"):
+    columns = ["", "iteration\ns", "step\ns", "read\nGB", "written\nGB", "CPU\ns", "limit of\ndrive, s"]
+    columns += ["limit of\nupdate, s", "step /\nlimit", "step /\nat once", "speed to\nDeepSpeed", "peak\nMiB"]
+    for column in (*columns, "over\ncompute"):
         table.add_column(column, justify="right" if column else "left")
-    for column in ("limit of\nupdate, s", "step /\nlimit", "speed to\nDeepSpeed", "peak\nMiB", "over\ncompute"):
-        table.add_column(column, justify="right")
     for name, row in rows.items():
         figures = [f"{row[figure]:.3f}" for figure in ("iteration", "step")]
         figures += [f"{row['read'] / 1e9:.2f}", f"{row['written'] / 1e9:.2f}", f"{row['cpu']:.2f}"]
         figures += [_cell(row, figure, 3) for figure in ("limit_of_drive", "limit_of_update")]
-        figures += [_cell(row, figure, 2) for figure in ("ratio_to_limit", "speed_to_deepspeed")]
+        figures += [_cell(row, figure, 2) for figure in ("ratio_to_limit", "ratio_to_at_once", "speed_to_deepspeed")]
         figures += [f"{row['peak'] / MIB:.0f}", f"{row.get('peak_over_compute', 0) / MIB:.0f}"]
         table.add_row(name, *figures)
     console.print(table)
     bandwidth = median(row["bandwidth"] for row in rows.values())
+    console.print("limit: max(drive, update); at once: the same, of a drive and an update that are busy at once")
     console.print(f"mixed O_DIRECT {bandwidth / 1e9:.2f} GB/s; medians of {args.rounds} rounds")
     for name, shares in agreed.items():
         said = ", ".join(f"{100 * share:.4f}% {label}" for label, share in shares.items())

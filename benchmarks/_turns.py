@@ -12,10 +12,12 @@ import json
 import os
 import re
 import resource
+import select
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,12 +146,13 @@ def serve(make: Any) -> None:
 
 
 class Player:
-    """A contender's process, from the driver's side. Raises RuntimeError, with its last words, where it has ended."""
+    """A contender's process, from the driver's side. Raises RuntimeError, with its last words, where it has ended.
 
-    def __init__(self, script: Path, arguments: list[str]) -> None:
+    ``environment`` is for what the driver's own does not have.
+    """
+
+    def __init__(self, script: Path, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by close())
-        # OpenMP's threads are to sleep where they wait, in all contenders alike. By default they spin, and a core that
-        # an I/O thread or another program wants is lost to both: each parallel loop may take a scheduler's slice more.
         # DeepSpeed's build runs ninja, which may be in this environment only.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._process = subprocess.Popen(
@@ -158,7 +161,7 @@ class Player:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={"DS_ACCELERATOR": "cpu", **os.environ, "PATH": path},
+            env={"DS_ACCELERATOR": "cpu", **(environment or {}), **os.environ, "PATH": path},
         )
         try:
             self.about = self._answer()
@@ -167,10 +170,21 @@ class Player:
             raise
 
     def turn(self, iterations: int) -> dict[str, Any]:
+        self.begin_turn(iterations)
+        return self.end_turn()
+
+    def begin_turn(self, iterations: int) -> None:
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has ended, and there will be no answer
             self._process.stdin.write(f"{iterations}\n")
             self._process.stdin.flush()
+
+    def is_busy(self) -> bool:
+        """Whether there is no answer yet to ``begin_turn``."""
+        return not select.select([self._process.stdout], [], [], 0)[0]
+
+    def end_turn(self) -> dict[str, Any]:
+        """Wait for the answer."""
         return self._answer()
 
     def close(self) -> None:

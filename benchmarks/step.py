@@ -16,13 +16,18 @@ under way. Figures are medians over the rounds, and ratios medians of the ratios
 - tensornvme, tensornvme-cold: TensorNVMe's offloader moves masters and moments around the same AdamW, also through the
   page cache.
 
-The limit of a step is max(bytes / B_mixed, T_update). B_mixed is what the drive reads and writes at once past the page
-cache, measured just before and after each turn: by plain system calls in threads or by the bare handle, whichever is
-faster; the mean of the two. T_update is
-the step of the same contender with so much ``host_memory`` that nothing moves (for DeepSpeed: offload to the CPU), in a
-process of its own that takes turns, too, on a model of at most 100 M parameters, from which it is scaled.
+The limit of a step is max(bytes / B_mixed, T_update): what it would take if nothing disturbed anything. B_mixed is what
+the drive reads and writes at once past the page cache, measured just before and after each turn: by plain system calls
+in threads or by the bare handle, whichever is faster; the mean of the two. T_update is the step of the same contender
+with so much ``host_memory`` that nothing moves (for DeepSpeed: offload to the CPU), in a process of its own that takes
+turns, too, on a model of at most 100 M parameters, from which it is scaled.
 
-OMP_WAIT_POLICY is "passive" for all unless it is set (see _turns.py), and the threads are as many as torch takes.
+The limit of both at once is the same of figures that are taken while that process trains and, at the same time, a bare
+handle in another one reads and writes: what a perfect overlap would take. Cores and drive share the memory, and in a
+virtual machine the cores, too.
+
+The threads are as many as torch takes. OpenMP's wait as its runtime has it: they spin for a while. DeepSpeed's sleep,
+with which it was faster, since its I/O threads want the cores. OMP_WAIT_POLICY sets it for all.
 Bytes and memory are what the kernel counted for the process (/proc/self/io, VmHWM since its start was over).
 """
 
@@ -54,6 +59,8 @@ DEFAULT = ("compute", "exact", "bf16", "int8", "deepspeed", "memory", "mmap", "m
 OPTIONAL = ("tensornvme", "fp32", "memory-fp32")
 RESIDENT_PARAMETERS = 100e6
 """The most that a contender has whose state is all in memory, for T_update."""
+
+SLEEPING = {"OMP_WAIT_POLICY": "passive"}
 
 DISTURBED = 0.1
 """How many cores others may use during a turn that counts as undisturbed."""
@@ -158,21 +165,30 @@ class Comparison:
 
     def _round(self, number: int, players: dict[str, Player], tick: Any) -> None:
         bandwidth = self._disk.mixed()  # what it was last
-        limited = {seat.name for seat in self.seats if seat.resident}
+        twins = {seat.name: seat.resident for seat in self.seats if seat.resident}
         first = number % max(1, len(players))
         order = list(players)[first:] + list(players)[:first]
         for name in order[:: -1 if number % 2 else 1]:
             tick(name)
             try:
                 turn = self._turn(players[name])
+                if name in twins.values():
+                    turn["busy"] = self._busy(players[name])
             except RuntimeError as error:
                 self.notes.append(f"{name} ended in round {number + 1}: {error}")
                 players.pop(name).close()
                 continue
             before = bandwidth
-            if name in limited:
+            if name in twins:
                 bandwidth = self._disk.mixed()
-            self.rounds.setdefault(name, []).append({**turn, "bandwidth": (before + bandwidth) / 2})
+            turn["bandwidth"] = (before + bandwidth) / 2
+            self.rounds.setdefault(name, []).append(turn)
+
+    def _busy(self, player: Player) -> dict[str, Any]:
+        """A turn while the drive is busy; its bandwidth is the drive's meanwhile."""
+        player.begin_turn(2 * self._args.iterations)
+        bandwidth = self._disk.handle(player.is_busy)
+        return {**player.end_turn(), "bandwidth": bandwidth}
 
     def _turn(self, player: Player) -> dict[str, Any]:
         """A turn; the least disturbed one of some, where others use the machine and there is patience."""
@@ -214,7 +230,7 @@ class Comparison:
             "weights": str(self.weights(seat.name)),
         }
         try:
-            player = Player(PEERS, [json.dumps(job)])
+            player = Player(PEERS, [json.dumps(job)], SLEEPING if seat.contender.startswith("deepspeed") else None)
         except RuntimeError as error:
             self.notes.append(f"without {seat.name}: {error}")
             raise _Absent from error
@@ -244,7 +260,7 @@ def main() -> None:
     results |= {"about": comparison.about, "rounds": comparison.rounds}
     if not args.no_save:
         settings = {name: value for name, value in vars(args).items() if name not in ("folder", "no_save")}
-        settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+        settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")
         console.print(f"written to {save('step', settings, results)}")
 
 
