@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -360,6 +360,47 @@ def test_a_value_below_zero_is_named(bad: float, at: int) -> None:
         codec.encode(values, storage(codec, 520), 1, 1000)
     stored = storage(codec, 520)
     assert codecs.reference_encode_int8(False, values, *stored, 1, 1000) == at
+
+
+# Threads.
+
+
+@pytest.fixture(params=[1, 2, 3, 7])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads as torch's loops have; more than there are cores, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+LENGTHS = [1 << 15, (1 << 15) + 1, 100_003, 1 << 17]  # from one thread's worth on
+
+
+@every_codec
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_bytes_do_not_depend_on_the_number_of_threads(codec: StateCodec, numel: int, threads: int) -> None:
+    values = suited(codec, of_all_sizes(numel))
+    stored = encoded(codec, values, 5, 11)
+    alone = [encoded(codec, part.clone(), 5, 11 + i * 4096) for i, part in enumerate(values.split(4096))]
+    assert all(same(whole, torch.cat(parts)) for whole, parts in zip(stored, zip(*alone, strict=True), strict=True))
+    backs = [decoded(codec, part, part[0].numel()) for part in alone]
+    assert same(decoded(codec, stored, numel), torch.cat(backs))
+
+
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_ties_come_in_order_from_all_threads(numel: int, threads: int) -> None:
+    master = torch.randn(numel)
+    at = torch.randperm(numel)[: numel // 50].sort().values
+    master[at] = 1.0 + 2.0**-8
+    assert set(at.tolist()) <= set(assert_splits(master).tolist())
+
+
+def test_the_first_value_below_zero_is_named_by_all_threads(threads: int) -> None:
+    values = torch.rand(1 << 17)
+    values[40_001::30_000] = -1.0  # in the parts of several threads
+    with pytest.raises(ValueError, match="element 40001 is -1"):
+        encoded(Int8(is_signed=False), values)
 
 
 # The split master.
