@@ -81,7 +81,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="of a batch (default: %(default)s)")
     parser.add_argument("--host-memory", default="128MiB", help="ours (default: %(default)s)")
     parser.add_argument("--durability", default="snapshot", help="ours (default: %(default)s)")
-    parser.add_argument("--half", action="store_true", help="ours with host_memory for half of the state, too")
+    parser.add_argument(
+        "--half", action="store_true", help="ours with host_memory for 1/32 and for half of the state, too"
+    )
     parser.add_argument("--sub-group", default="16Mi", help="elements of DeepSpeed's groups (default: %(default)s)")
     parser.add_argument("--deepspeed-threads", type=int, default=2, help="its I/O threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
@@ -120,8 +122,9 @@ def seats(args: argparse.Namespace) -> list[Seat]:
         found.append(Seat(name, name, args.parameters, host_memory, limited_by))
         if name in OURS:
             if args.half:
-                half = int(args.parameters * OURS[name] / 2)
-                found.append(Seat(f"{name} half", name, args.parameters, half, limited_by))
+                state = int(args.parameters * OURS[name])
+                found.append(Seat(f"{name} least", name, args.parameters, state // 32, limited_by))
+                found.append(Seat(f"{name} half", name, args.parameters, state // 2, limited_by))
             found.append(Seat(limited_by, name, small, int(small * 16) + (256 << 20)))
         elif name == "deepspeed":
             found.append(Seat(limited_by, "deepspeed-cpu", small, 0))

@@ -1,6 +1,9 @@
 """The cost model: what paging a given state costs in bytes, seconds, memory and a drive's rated writes. Pure.
 
-    seconds of a step = max( its bytes / the drive's bandwidth , time of the update )
+    seconds of a step = longer + shorter / 4, of its bytes / the drive's bandwidth and the time of the update
+
+In a perfect overlap it would be the longer of the two. But drive and cores share the memory, so that each is slower
+while the other is busy, and the first and the last unit of a step overlap with nothing.
 
 With n units, of which d stay in memory, a step reads and writes n - d (see swap_manager.py for the order that makes it
 so). A commit in each step writes the d, too, and the weights where it holds them.
@@ -17,6 +20,8 @@ from .units import SwapUnit
 
 _DAY = 86400
 """Seconds."""
+_DISTURBANCE = 0.25
+"""What the shorter of drive and update adds to the longer, as a share of itself: measured by benchmarks/plan.py."""
 _WRITE_BUFFERS = 4
 """That weights are written by, which the ring has to spare: as in swap_manager.py."""
 
@@ -125,7 +130,8 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Of a step."""
-        return max(self.disk_seconds, self.update_seconds)
+        shorter, longer = sorted((self.disk_seconds, self.update_seconds))
+        return longer + _DISTURBANCE * shorter
 
     @property
     def limit(self) -> Literal["disk", "update"]:

@@ -298,7 +298,7 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
     Args:
         parameters: What is to be paged.
         host_memory: Bytes that the ring of buffers may take.
-        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 32 MiB, and at least the largest
+        unit_size: Bytes of a unit, or None for an eighth of ``host_memory``, at most 16 MiB, and at least the largest
             state that cannot be cut and a 256th of ``host_memory``.
 
     Raises:
@@ -313,7 +313,7 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
         )
     largest_unit = host_memory // RING_DEPTH // PAGE * PAGE
     if unit_size is None:
-        unit_size = max(min(host_memory // 8, 32 << 20), least // RING_DEPTH, host_memory // 256)
+        unit_size = max(min(host_memory // 8, 16 << 20), least // RING_DEPTH, host_memory // 256)
     elif unit_size < least // RING_DEPTH or unit_size > largest_unit:
         raise ConfigError(
             f"unit_size={format_exact(unit_size)} must lie between {format_exact(least // RING_DEPTH)} and "
