@@ -40,6 +40,7 @@ bench: $(VENV)/.dev  ## the benchmarks; DIR=/mnt/nvme chooses the drive
 	@mkdir -p "$(DIR)"
 	$(BIN)/python benchmarks/aio.py "$(DIR)"
 	$(BIN)/python benchmarks/step.py "$(DIR)"
+	$(BIN)/python benchmarks/step.py "$(DIR)" --half --contenders exact bf16 int8
 	$(BIN)/python benchmarks/memory.py "$(DIR)"
 	$(BIN)/python benchmarks/store.py "$(DIR)"
 	$(BIN)/python benchmarks/codecs.py

@@ -96,11 +96,14 @@ class Disk:
                     break
                 while len(under_way) >= 4:
                     under_way.popleft().wait()
+                    moved += size
                 under_way.append(handle.async_pread(buffers[i % 2], self.paths[0], offset))
                 under_way.append(handle.async_pwrite(buffers[2 + i % 2], self.paths[1], offset))
-                moved += 2 * size
-            handle.wait()
+            if goes_on is None:
+                handle.wait()
+                moved += len(under_way) * size
             seconds = time.perf_counter() - started
+            handle.wait()
             for buffer in buffers:
                 handle.free_cpu_locked_tensor(buffer)
         return moved / seconds

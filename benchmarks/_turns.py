@@ -181,7 +181,7 @@ class Player:
 
     def is_busy(self) -> bool:
         """Whether there is no answer yet to ``begin_turn``."""
-        return not select.select([self._process.stdout], [], [], 0)[0]
+        return self._process.poll() is None and not select.select([self._process.stdout], [], [], 0)[0]
 
     def end_turn(self) -> dict[str, Any]:
         """Wait for the answer."""

@@ -23,12 +23,12 @@ in threads or by the bare handle, whichever is faster; the mean of the two. T_up
 with so much ``host_memory`` that nothing moves (for DeepSpeed: offload to the CPU), in a process of its own that takes
 turns, too, on a model of at most 100 M parameters, from which it is scaled.
 
-The limit of both at once is the same of figures that are taken while that process trains and, at the same time, a bare
-handle in another one reads and writes: what a perfect overlap would take. Cores and drive share the memory, and in a
-virtual machine the cores, too.
+The limit "at once" is what a perfect overlap would take: the drive's bytes and the update begin together, each as slow
+as the other makes it, until the shorter one ends. How slow that is, is measured: that process trains while a bare
+handle in another one reads and writes. Cores and drive share the memory, and in a virtual machine the cores, too.
 
 The threads are as many as torch takes. OpenMP's wait as its runtime has it: they spin for a while. DeepSpeed's sleep,
-with which it was faster, since its I/O threads want the cores. OMP_WAIT_POLICY sets it for all.
+since its I/O threads want the cores. OMP_WAIT_POLICY sets it for all.
 Bytes and memory are what the kernel counted for the process (/proc/self/io, VmHWM since its start was over).
 """
 
@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import Disk, save
-from _results import agreements, show, summary
+from _results import CACHED, agreements, show, summary
 from _turns import Player, user_seconds
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,8 +58,6 @@ OURS = {"exact": 10.0, "bf16": 6.0, "int8": 4.1, "fp32": 8.0}
 """Our contenders, and the bytes of state that each keeps for a parameter."""
 DEFAULT = ("compute", "exact", "bf16", "int8", "deepspeed", "memory", "mmap", "mmap-cold", "tensornvme-cold")
 OPTIONAL = ("tensornvme", "fp32", "memory-fp32")
-CACHED = ("mmap", "mmap-cold", "tensornvme", "tensornvme-cold")
-"""Those that live in the page cache. They take their turns after the others, so that memory is not short for these."""
 RESIDENT_PARAMETERS = 100e6
 """The most that a contender has whose state is all in memory, for T_update."""
 
@@ -173,30 +171,37 @@ class Comparison:
         return self._folder / f"{name} weights".replace(" ", "-")
 
     def _round(self, number: int, players: dict[str, Player], tick: Any) -> None:
-        bandwidth = self._disk.mixed()  # what it was last
         twins = {seat.name: seat.resident for seat in self.seats if seat.resident}
         first = number % max(1, len(players))
         order = list(players)[first:] + list(players)[:first]
         for name in order[:: -1 if number % 2 else 1]:
             tick(name)
+            before = self._disk.mixed() if name in twins else 0.0
             try:
                 turn = self._turn(players[name])
+                if name in twins:
+                    turn["bandwidth"] = (before + self._disk.mixed()) / 2
                 if name in twins.values():
-                    turn["busy"] = self._busy(players[name])
+                    turn["busy"] = self._busy(players[name], turn["iteration"])
             except RuntimeError as error:
                 self.notes.append(f"{name} ended in round {number + 1}: {error}")
                 players.pop(name).close()
                 continue
-            before = bandwidth
-            if name in twins:
-                bandwidth = self._disk.mixed()
-            turn["bandwidth"] = (before + bandwidth) / 2
             self.rounds.setdefault(name, []).append(turn)
 
-    def _busy(self, player: Player) -> dict[str, Any]:
-        """A turn while the drive is busy; its bandwidth is the drive's meanwhile."""
-        player.begin_turn(2 * self._args.iterations)
-        bandwidth = self._disk.handle(player.is_busy)
+    def _busy(self, player: Player, iteration: float) -> dict[str, Any]:
+        """A turn while the drive is busy; its bandwidth is the drive's meanwhile. ``iteration``: seconds of one."""
+        until = time.monotonic() + 60 + 20 * iteration * self._args.iterations
+        begun = False
+
+        def goes_on() -> bool:
+            nonlocal begun
+            if not begun:
+                player.begin_turn(self._args.iterations)
+                begun = True
+            return player.is_busy() and time.monotonic() < until
+
+        bandwidth = self._disk.handle(goes_on)
         return {**player.end_turn(), "bandwidth": bandwidth}
 
     def _turn(self, player: Player) -> dict[str, Any]:
@@ -253,6 +258,8 @@ class _Absent(Exception):
 
 def main() -> None:
     args = parse()
+    if parse_bytes(args.file_size, "file-size") < 32 << 20:
+        raise SystemExit("--file-size: the drive is measured by transfers of 32 MiB")
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -269,6 +276,7 @@ def main() -> None:
     results |= {"about": comparison.about, "rounds": comparison.rounds}
     if not args.no_save:
         settings = {name: value for name, value in vars(args).items() if name not in ("folder", "no_save")}
+        settings["deepspeed_environment"] = SLEEPING
         settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")
         console.print(f"written to {save('step_half' if args.half else 'step', settings, results)}")
 

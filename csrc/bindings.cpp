@@ -20,6 +20,7 @@
 #include "aio_handle.h"
 #include "codec.h"
 #include "locked_memory.h"
+#include "parallel.h"
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -322,6 +323,7 @@ void bind_codecs(py::module_& module) {
       },
       py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"), py::arg("tie_count"),
       py::arg("master"), py::arg("threads"));
+  module.def("thread_count", &thread_count, py::arg("threads"));
 }
 
 // Leaves [data, data + size), whole pages, out of children of fork().

@@ -4,7 +4,7 @@
 // are counter-based: those of an element depend on the key and on the element's number alone, so a run gives the same
 // bytes whatever it is part of. codecs.py has the same arithmetic in tensor operations: the two must agree bit for bit.
 //
-// `threads` of torch's share the work; the bytes do not depend on how many.
+// `threads` share the work, see parallel.h; the bytes do not depend on how many.
 #pragma once
 
 #include <cstddef>

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+
 namespace offload_opt {
 namespace {
 
@@ -11,30 +13,29 @@ struct OpenMp {
   int (*index)();
   int (*count)();
 
-  // The one that torch has loaded. With another, or threads of our own, there would be two teams for the same cores:
-  // after each of its loops torch's keeps spinning for a while.
+  // The one that tensor operations use. With another, or threads of our own, there would be two teams for the same
+  // cores: after each loop a team keeps spinning for a while. All of it comes from one library: there may be several.
   static OpenMp of_this_process() {
     OpenMp found{};
-    find("GOMP_parallel", found.parallel);
-    find("omp_get_thread_num", found.index);
-    find("omp_get_num_threads", found.count);
+    Dl_info library{};
+    void* const parallel = ::dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (parallel == nullptr || ::dladdr(parallel, &library) == 0) return found;
+    void* const handle = ::dlopen(library.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) return found;
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(parallel);
+    found.index = reinterpret_cast<decltype(found.index)>(::dlsym(handle, "omp_get_thread_num"));
+    found.count = reinterpret_cast<decltype(found.count)>(::dlsym(handle, "omp_get_num_threads"));
     return found;
   }
 
   bool works() const { return parallel != nullptr && index != nullptr && count != nullptr; }
-
- private:
-  template <typename Function>
-  static void find(const char* name, Function& function) {
-    function = reinterpret_cast<Function>(::dlsym(RTLD_DEFAULT, name));
-  }
 };
 
 }  // namespace
 
-void on_threads(unsigned threads, void (*work)(void*, unsigned, unsigned), void* context) {
+void on_threads(bool is_parallel, void (*work)(void*, unsigned, unsigned), void* context) {
   static const OpenMp openmp = OpenMp::of_this_process();
-  if (threads <= 1 || !openmp.works()) return work(context, 0, 1);
+  if (!is_parallel || !openmp.works()) return work(context, 0, 1);
   struct Call {
     void (*work)(void*, unsigned, unsigned);
     void* context;
@@ -43,7 +44,16 @@ void on_threads(unsigned threads, void (*work)(void*, unsigned, unsigned), void*
     const Call& mine = *static_cast<const Call*>(pointer);
     mine.work(mine.context, static_cast<unsigned>(openmp.index()), static_cast<unsigned>(openmp.count()));
   };
-  openmp.parallel(run, &call, threads, 0);
+  openmp.parallel(run, &call, 0, 0);  // 0: the usual team; a smaller one would end the threads that it lacks
+}
+
+unsigned thread_count(unsigned threads) {
+  unsigned team = 1;
+  const auto count = [](void* pointer, unsigned index, unsigned of) {
+    if (index == 0) *static_cast<unsigned*>(pointer) = of;
+  };
+  on_threads(threads > 1, count, &team);
+  return std::min(team, threads);
 }
 
 }  // namespace offload_opt

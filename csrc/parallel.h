@@ -1,4 +1,4 @@
-// Loops over many elements, on the threads that torch's own loops run on.
+// Loops over many elements, on the threads of the process's OpenMP runtime: those on which tensor operations run.
 #pragma once
 
 #include <algorithm>
@@ -6,33 +6,38 @@
 
 namespace offload_opt {
 
-// Elements for which a thread is worth its while, as torch has it; parts begin at multiples of kGranule.
+// As few elements as a thread is woken for, the same as in tensor operations; parts begin at multiples of kGranule.
 inline constexpr std::size_t kGrain = std::size_t{1} << 15;
 inline constexpr std::size_t kGranule = std::size_t{1} << 10;
 
-// Calls `work(context, index, count)` on `count` threads at once, the caller's among them; returns when all have. There
-// are `threads` at most, and the caller's alone where the process has no OpenMP runtime.
-void on_threads(unsigned threads, void (*work)(void*, unsigned, unsigned), void* context);
+// Calls `work(context, index, count)` on as many threads as OpenMP takes, the caller's among them; returns when all
+// have. On the caller's alone where `is_parallel` is false, or the process has no OpenMP runtime.
+void on_threads(bool is_parallel, void (*work)(void*, unsigned, unsigned), void* context);
+
+// How many threads in_parallel uses for very many elements.
+unsigned thread_count(unsigned threads);
 
 // Calls `part(begin, end)`, which must not throw, for parts of 0..count on up to `threads` threads.
 //
-// Each thread gets one run of elements, the same for the same count, and as torch's loops hand them out: what it reads
-// is what it wrote in the loop before. On processors whose cores do not all share a cache, to take parts by turns costs
-// several times the loop.
+// Each thread gets one run of elements, the same for the same count, and as tensor operations hand them out: what it
+// reads is what it wrote in the loop before. On processors whose cores do not all share a cache, to take parts by turns
+// costs several times the loop.
 template <typename Part>
 void in_parallel(std::size_t count, unsigned threads, const Part& part) {
   struct Context {
     const std::size_t count;
     const Part& part;
-  } context{count, part};
-  const auto work = [](void* pointer, unsigned index, unsigned of) {
-    const auto& [all, run] = *static_cast<const Context*>(pointer);
+    const std::size_t most_parts;
+  } context{count, part, std::min<std::size_t>(threads, (count + kGrain - 1) / kGrain)};
+  const auto work = [](void* pointer, unsigned index, unsigned team) {
+    const auto& [all, run, most] = *static_cast<const Context*>(pointer);
+    const std::size_t of = std::max<std::size_t>(std::min<std::size_t>(team, most), 1);
     const std::size_t length = ((all + of - 1) / of + kGranule - 1) / kGranule * kGranule;
     const std::size_t begin = std::min(index * length, all);
     const std::size_t end = std::min(begin + length, all);
     if (begin < end) run(begin, end);
   };
-  on_threads(count > kGrain ? threads : 1, work, &context);
+  on_threads(context.most_parts > 1, work, &context);
 }
 
 }  // namespace offload_opt

@@ -157,6 +157,11 @@ class Int8:
             _C.decode_int8(self.is_signed, *pointers, out.numel(), torch.get_num_threads())
 
 
+def thread_count() -> int:
+    """How many threads share a long loop of a codec: torch.get_num_threads(), or 1 where torch has no OpenMP."""
+    return _C.thread_count(torch.get_num_threads())
+
+
 @functools.cache
 def codec_for(kind: str, state_name: str) -> StateCodec | None:
     """The codec of a state tensor that torch calls ``state_name``; ``None`` for "exact": the tensor as it is."""

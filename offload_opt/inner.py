@@ -28,8 +28,8 @@ _OPTIMIZERS: dict[Any, Paging | str] = {
     getattr(torch.optim, name): paging for name, paging in _TORCH_OPTIMIZERS.items() if hasattr(torch.optim, name)
 }
 
-# Chunks of this many bytes of parameters stay in the processor's cache through the passes of an update, and bound the
-# temporaries that the update makes.
+# Chunks of this many elements stay in the processor's cache through the passes of an update, and bound the temporaries
+# that the update makes; with fewer, what is between the calls counts.
 _CHUNK_ELEMENTS = 1024 * 1024
 
 _PROBE_SHAPE = (7,)

@@ -21,7 +21,8 @@ from .units import SwapUnit
 _DAY = 86400
 """Seconds."""
 _DISTURBANCE = 0.25
-"""What the shorter of drive and update adds to the longer, as a share of itself: measured by benchmarks/plan.py."""
+"""What the shorter of drive and update adds to the longer, as a share of itself: found by benchmarks/plan.py, on a
+virtual machine of 2 cores. Where a GPU updates, or memory is faster, it is less."""
 _WRITE_BUFFERS = 4
 """That weights are written by, which the ring has to spare: as in swap_manager.py."""
 

@@ -374,6 +374,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def test_the_threads_are_torchs(threads: int) -> None:
+    if "OpenMP not found" in torch.__config__.parallel_info():
+        pytest.skip("this torch has no OpenMP")
+    assert codecs.thread_count() == threads
+
+
 LENGTHS = [1 << 15, (1 << 15) + 1, 100_003, 1 << 17]  # from one thread's worth on
 
 
