@@ -131,7 +131,7 @@ def test_the_update_is_measured_with_the_models_own_shapes(tmp_path: Path, monke
 
 
 ADVICE = [
-    (["--bandwidth", "0.5GB/s"], "The drive takes 7.0 x as long as the update: --state-dtype int8 makes a step 7.0 x"),
+    (["--bandwidth", "0.5GB/s"], "The drive takes 7.0 x as long as the update: --state-dtype int8 makes a step 7.3 x"),
     (["--bandwidth", "0.5GB/s"], "--host-memory 7GiB keeps so much in memory that the drive keeps up"),
     (["--bandwidth", "0.2GB/s", "--durability", "step", "--state-dtype", "int8"], "update. A faster drive would help."),
     (
@@ -140,7 +140,7 @@ ADVICE = [
     ),
     (["--endurance", "1TB"], "--state-dtype int8 writes nothing a step; or --iteration says"),
     (["--endurance", "1TB"], "Steps without a pause use up the drive's rated writes in"),
-    (["--iteration", "1"], "A step takes 3.7 x --iteration: it is what an iteration takes at least."),
+    (["--iteration", "1"], "A step takes 4.5 x --iteration: it is what an iteration takes at least."),
     (["--endurance", "1TB", "--iteration", "9"], "Steps at this pace use up the drive's rated writes in"),
 ]
 
