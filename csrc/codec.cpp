@@ -144,16 +144,18 @@ struct Minifloat {
   }
 
   // Adding `base` to a smaller value moves its mantissa to where evenly spaced codes have it, and the bits go on from
-  // there without a seam: so adding random bits and cutting off rounds without bias from zero to the top.
+  // there without a seam: so adding random bits and cutting off rounds without bias from zero to the top. Of a value
+  // x, that is x + base below base and 2 x above, so the greater one; back, of a place p, the lesser of p - base and
+  // p / 2. (Rounding the sums changes no order: 2 x and p / 2 are numbers of fp32. Twice is one exponent more.)
   OFFLOAD_OPT_INLINE static std::uint8_t encode(std::uint32_t bits, std::uint32_t base, std::uint32_t random) {
     const std::uint32_t magnitude = bits & kMagnitude;
     const std::uint32_t even = bits_of(float_of(magnitude) + float_of(base));
-    const std::uint32_t place = (magnitude < base ? even : magnitude + (1U << 23)) - base;
+    const std::uint32_t place = greater(even, magnitude + (1U << 23)) - base;
     std::uint32_t code = lesser((place + (random >> (32 - kShift))) >> kShift, kTop);
     if constexpr (kSigned) {
       code |= (bits & ~kMagnitude) >> 24;
     } else {
-      code = magnitude == 0 ? 0 : greater(code, 1);
+      code = greater(code, lesser(magnitude, 1));  // that of zero is zero already
     }
     return static_cast<std::uint8_t>(code);
   }
@@ -162,7 +164,7 @@ struct Minifloat {
     const std::uint32_t magnitude = code & kTop;
     const std::uint32_t place = base + (magnitude << kShift);
     const std::uint32_t even = bits_of(float_of(place) - float_of(base));  // exact, and normal or zero
-    const std::uint32_t result = magnitude < kLinear ? even : place - (1U << 23);
+    const std::uint32_t result = lesser(even, place - (1U << 23));
     return float_of(kSigned ? result | (code & 0x80) << 24 : result);
   }
 };
@@ -170,17 +172,21 @@ struct Minifloat {
 using SignedFormat = Minifloat<true, 4>;
 using NonNegativeFormat = Minifloat<false, 4>;
 
-OFFLOAD_OPT_INLINE inline std::uint32_t largest_magnitude(const float* values) {
+OFFLOAD_OPT_INLINE inline std::uint32_t largest_magnitude(const float* values, std::size_t count) {
   std::uint32_t largest = 0;
-  for (std::size_t i = 0; i < kInt8Block; ++i) largest = greater(largest, bits_of(values[i]) & kMagnitude);
+  for (std::size_t i = 0; i < count; ++i) largest = greater(largest, bits_of(values[i]) & kMagnitude);
+  return largest;
+}
+
+// The largest bits of a whole block: of none below zero, those of the largest magnitude.
+OFFLOAD_OPT_INLINE inline std::uint32_t largest_bits(const float* values) {
+  std::uint32_t largest = 0;
+  for (std::size_t i = 0; i < kInt8Block; ++i) largest = greater(largest, bits_of(values[i]));
   return largest;
 }
 
 // The index of the first value below zero, of a whole block; kInt8Block where there is none. A NaN is not below zero.
-OFFLOAD_OPT_INLINE inline std::size_t first_negative(const float* values) {
-  std::uint32_t largest = 0;
-  for (std::size_t i = 0; i < kInt8Block; ++i) largest = greater(largest, bits_of(values[i]));
-  if (largest <= kMagnitude) return kInt8Block;
+std::size_t first_negative(const float* values) {
   const auto is_negative = [](float value) {
     return bits_of(value) > ~kMagnitude && bits_of(value) <= (~kMagnitude | kInf);
   };
@@ -191,11 +197,12 @@ OFFLOAD_OPT_INLINE inline std::size_t first_negative(const float* values) {
 template <typename Format>
 OFFLOAD_OPT_INLINE inline std::size_t encode_block(const float* __restrict__ values, std::uint8_t* __restrict__ codes,
                                                    std::uint8_t* exponent, std::size_t offset, Rounding rounding) {
-  if constexpr (!Format::kSigned) {
+  std::uint32_t largest = Format::kSigned ? largest_magnitude(values, kInt8Block) : largest_bits(values);
+  if (!Format::kSigned && largest > kMagnitude) {
     const std::size_t negative = first_negative(values);
     if (negative != kInt8Block) return negative;
+    largest = largest_magnitude(values, kInt8Block);
   }
-  const std::uint32_t largest = largest_magnitude(values);
   if (largest >= kInf) {
     *exponent = kInt8NotFinite;
     std::memset(codes, 0, kInt8Block);
@@ -267,7 +274,8 @@ void decode_blocks(const std::uint8_t* codes, const std::uint8_t* exponents, flo
 
 constexpr std::uint32_t kLowHalf = 0xFFFF;
 constexpr std::uint32_t kHalf = 0x8000;
-constexpr std::size_t kTieBlock = 1024;  // elements; one in 2^17 is a tie, so few blocks have any
+constexpr std::size_t kBf16Block = 1024;  // elements, whose largest one decides on the loop
+constexpr std::size_t kTieBlock = 1024;   // elements; one in 2^17 is a tie, so few blocks have any
 
 // To nearest even, as the hardware does it; any NaN becomes the one NaN 0x7FC0.
 OFFLOAD_OPT_INLINE inline std::uint16_t bf16_nearest(std::uint32_t bits) {
@@ -291,13 +299,28 @@ OFFLOAD_OPT_INLINE inline bool split_block(const float* __restrict__ master, std
   return ties != 0;
 }
 
-void encode_bf16_part(const float* __restrict__ values, std::uint16_t* __restrict__ stored, std::size_t count,
-                      Rounding rounding) {
+// Up to kBf16Block elements. With room above the largest of them, the bits that are added reach neither inf nor the
+// sign.
+OFFLOAD_OPT_INLINE inline void encode_bf16_block(const float* __restrict__ values, std::uint16_t* __restrict__ stored,
+                                                 std::uint32_t count, Stretch stretch) {
+  if (largest_magnitude(values, count) < kInf - 0x10000) {
+    for (std::uint32_t i = 0; i < count; ++i) {
+      stored[i] = static_cast<std::uint16_t>((bits_of(values[i]) + (random_bits(stretch, i) >> 16)) >> 16);
+    }
+  } else {
+    for (std::uint32_t i = 0; i < count; ++i) {
+      stored[i] = bf16_at_random(bits_of(values[i]), random_bits(stretch, i));
+    }
+  }
+}
+
+void encode_bf16_part(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding) {
   vectorised([=]() OFFLOAD_OPT_INLINE {
     for_each_stretch(rounding, count, [=](std::size_t offset, std::size_t length, Stretch stretch) OFFLOAD_OPT_INLINE {
-      for (std::size_t i = 0; i < length; ++i) {
-        stored[offset + i] =
-            bf16_at_random(bits_of(values[offset + i]), random_bits(stretch, static_cast<std::uint32_t>(i)));
+      for (std::size_t start = offset; start < offset + length; start += kBf16Block) {
+        const auto block = static_cast<std::uint32_t>(std::min(kBf16Block, offset + length - start));
+        encode_bf16_block(values + start, stored + start, block, stretch);
+        stretch.low += block;
       }
     });
   });

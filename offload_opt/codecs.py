@@ -92,21 +92,19 @@ class Bf16:
         return (("", torch.bfloat16, numel),)
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], key: int, first: int) -> None:
-        _check_values("values", values)
-        _check_stored(self, values, stored)
-        _check_numbers(key, first, values.numel())
+        numel = _check_run(self, "values", values, stored)
+        _check_numbers(key, first, numel)
         if values.device.type != "cpu":
             reference_encode_bf16(values, stored[0], key, first)
         else:
-            _C.encode_bf16(values.data_ptr(), stored[0].data_ptr(), values.numel(), key, first, torch.get_num_threads())
+            _C.encode_bf16(values.data_ptr(), stored[0].data_ptr(), numel, key, first, torch.get_num_threads())
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        _check_values("out", out)
-        _check_stored(self, out, stored)
+        numel = _check_run(self, "out", out, stored)
         if out.device.type != "cpu":
             reference_decode_bf16(stored[0], out)
         else:
-            _C.decode_bf16(stored[0].data_ptr(), out.data_ptr(), out.numel(), torch.get_num_threads())
+            _C.decode_bf16(stored[0].data_ptr(), out.data_ptr(), numel, torch.get_num_threads())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,29 +130,27 @@ class Int8:
         return (("", torch.uint8, numel), (".exponent", torch.uint8, -(-numel // BLOCK)))
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], key: int, first: int) -> None:
-        _check_values("values", values)
-        _check_stored(self, values, stored)
-        _check_numbers(key, first, values.numel())
+        numel = _check_run(self, "values", values, stored)
+        _check_numbers(key, first, numel)
         codes, exponents = stored
         if values.device.type != "cpu":
             negative = reference_encode_int8(self.is_signed, values, codes, exponents, key, first)
         else:
             pointers = values.data_ptr(), codes.data_ptr(), exponents.data_ptr()
             threads = torch.get_num_threads()
-            negative = _C.encode_int8(self.is_signed, *pointers, values.numel(), key, first, threads)
-        if negative != values.numel():
+            negative = _C.encode_int8(self.is_signed, *pointers, numel, key, first, threads)
+        if negative != numel:
             value = float(values[negative])
             raise ValueError(f"element {first + negative} is {value:g}: this state cannot be below zero")
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        _check_values("out", out)
-        _check_stored(self, out, stored)
+        numel = _check_run(self, "out", out, stored)
         codes, exponents = stored
         if out.device.type != "cpu":
             reference_decode_int8(self.is_signed, codes, exponents, out)
         else:
             pointers = codes.data_ptr(), exponents.data_ptr(), out.data_ptr()
-            _C.decode_int8(self.is_signed, *pointers, out.numel(), torch.get_num_threads())
+            _C.decode_int8(self.is_signed, *pointers, numel, torch.get_num_threads())
 
 
 def thread_count() -> int:
@@ -207,10 +203,10 @@ def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Te
     Tensors are 1-D, contiguous, of one length below 2^31, on one device. Raises TypeError or ValueError; nothing is
     touched then.
     """
-    _check_master(master, weight, remainder)
+    count = _check_master(master, weight, remainder)
     if master.device.type != "cpu":
         return reference_split_master(master, weight, remainder)
-    count, threads = master.numel(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     pointers = master.data_ptr(), weight.data_ptr(), remainder.data_ptr()
     ties = torch.empty(64 + (count >> 15), dtype=torch.int32)
     found = _C.split_master(*pointers, count, ties.data_ptr(), ties.numel(), threads)
@@ -222,40 +218,40 @@ def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Te
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor) -> None:
     """The master that ``split_master`` split, into ``out``: bit for bit, but for a NaN, which may be another NaN."""
-    _check_master(out, weight, remainder)
-    _check("ties", ties, torch.int32, out.device)
-    if ties.numel() and (int(ties.min()) < 0 or int(ties.max()) >= out.numel()):
-        raise ValueError(f"ties has positions outside of 0 to {out.numel() - 1}")
+    numel, tie_count = _check_master(out, weight, remainder), ties.numel()
+    _check("ties", ties, torch.int32, out.device, tie_count)
+    if tie_count and (int(ties.min()) < 0 or int(ties.max()) >= numel):
+        raise ValueError(f"ties has positions outside of 0 to {numel - 1}")
     if out.device.type != "cpu":
         reference_join_master(weight, remainder, ties, out)
     else:
         pointers = weight.data_ptr(), remainder.data_ptr()
-        numbers = out.numel(), ties.data_ptr(), ties.numel()
-        _C.join_master(*pointers, *numbers, out.data_ptr(), torch.get_num_threads())
+        _C.join_master(*pointers, numel, ties.data_ptr(), tie_count, out.data_ptr(), torch.get_num_threads())
 
 
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, numel: int) -> None:
+    shape = tensor.shape
+    if tensor.dtype == dtype and tensor.device == device and shape == (numel,) and tensor.is_contiguous():
+        return  # at once: every chunk of an update comes by, several times
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is of {tensor.dtype}, not {dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, not {device}")
-    if tensor.dim() != 1 or not tensor.is_contiguous():
+    if len(shape) != 1 or not tensor.is_contiguous():
         raise ValueError(f"{name} is not 1-D and contiguous")
+    raise ValueError(f"{name} has {shape[0]} elements, not {numel}")
 
 
-def _check_values(name: str, values: torch.Tensor) -> None:
-    _check(name, values, torch.float32, values.device)
-
-
-def _check_stored(codec: StateCodec, values: torch.Tensor, stored: Sequence[torch.Tensor]) -> None:
-    parts = codec.parts(values.numel())
+def _check_run(codec: StateCodec, name: str, values: torch.Tensor, stored: Sequence[torch.Tensor]) -> int:
+    """Returns the number of elements of ``values``."""
+    numel, device = values.numel(), values.device
+    _check(name, values, torch.float32, device, numel)
+    parts = codec.parts(numel)
     if len(stored) != len(parts):
         raise ValueError(f"{len(stored)} stored tensors, not {len(parts)}")
-    for (suffix, dtype, numel), tensor in zip(parts, stored, strict=True):
-        name = f"stored{suffix}"
-        _check(name, tensor, dtype, values.device)
-        if tensor.numel() != numel:
-            raise ValueError(f"{name} has {tensor.numel()} elements, not {numel}")
+    for (suffix, dtype, count), tensor in zip(parts, stored, strict=True):
+        _check("stored" + suffix, tensor, dtype, device, count)
+    return numel
 
 
 def _check_numbers(key: int, first: int, count: int) -> None:
@@ -265,14 +261,15 @@ def _check_numbers(key: int, first: int, count: int) -> None:
         raise ValueError(f"first is {first}")
 
 
-def _check_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> None:
-    _check_values("the master", master)
-    for name, tensor, dtype in (("weight", weight, torch.bfloat16), ("remainder", remainder, torch.int16)):
-        _check(name, tensor, dtype, master.device)
-        if tensor.numel() != master.numel():
-            raise ValueError(f"{name} has {tensor.numel()} elements, not {master.numel()}")
-    if master.numel() >= 1 << 31:
+def _check_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> int:
+    """Returns the number of elements."""
+    numel, device = master.numel(), master.device
+    _check("the master", master, torch.float32, device, numel)
+    _check("weight", weight, torch.bfloat16, device, numel)
+    _check("remainder", remainder, torch.int16, device, numel)
+    if numel >= 1 << 31:
         raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
+    return numel
 
 
 # The same in tensor operations. Unsigned 32-bit numbers are held in int64.

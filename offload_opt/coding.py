@@ -14,31 +14,29 @@ from .units import Piece, StateTensor
 
 def encode_run(
     piece: Piece,
-    name: str,
-    run: Sequence[StateTensor],
+    tensor: StateTensor,
+    stored: Sequence[torch.Tensor],
     values: torch.Tensor,
-    data: torch.Tensor,
     begin: int,
     step: int,
     weight: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Store fp32 ``values``, from element ``begin`` of the parameter on, as ``run`` of the unit's bytes ``data``.
+    """Store fp32 ``values`` of a state tensor, from element ``begin`` of the parameter on; all of it is 1-D.
 
-    With a ``weight`` they are a master, which is rounded to it. Returns its ties by their positions in the piece, or
-    None where there are none. Everything is 1-D.
+    ``stored`` is what ``tensor.run`` names. With a ``weight`` they are a master, which is rounded to it. Returns its
+    ties by their positions in the piece, or None where there are none.
     """
-    stored = [part.view(data) for part in run]
     if weight is not None:
         ties = split_master(values, weight, stored[0])
         return ties + (begin - piece.start) if len(ties) else None
-    tensor = next(tensor for tensor in piece.tensors if tensor.name == name)
-    codec = codec_for(tensor.codec, name)
+    codec = codec_for(tensor.codec, tensor.name)
     assert codec is not None
     group, position = piece.key
     try:
-        codec.encode(values, stored, rounding_key(step, (group << 32) + position, name), begin)
+        codec.encode(values, stored, rounding_key(step, (group << 32) + position, tensor.name), begin)
     except ValueError as error:
-        raise OffloadError(f"{name} of {piece.name} cannot be stored as {tensor.codec}: {error}") from error
+        message = f"{tensor.name} of {piece.name} cannot be stored as {tensor.codec}: {error}"
+        raise OffloadError(message) from error
     return None
 
 

@@ -392,7 +392,8 @@ def _fill(
         return
     values = in_memory_order(given, like)[run].to("cpu", torch.float32)
     weight = torch.empty(len(values), dtype=torch.bfloat16) if is_master else None
-    ties = encode_run(piece, tensor.name, tensor.stored, values, data, piece.start, epoch, weight)
+    stored = [part.view(data) for part in tensor.stored]
+    ties = encode_run(piece, tensor, stored, values, piece.start, epoch, weight)
     if weight is not None:
         piece.ties = ties
         flat(parameter)[run].copy_(weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -72,11 +73,11 @@ class StateTensor:
     offset: int = 0
     codec: str = "exact"
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
@@ -108,8 +109,9 @@ class StateTensor:
 
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """The tensor inside its unit's bytes: ``data`` is a 1-D uint8 tensor of the unit's size or more."""
-        flat = data[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+        flat = data[self.offset : self.offset + self.nbytes]
+        flat = flat if self.dtype == data.dtype else flat.view(self.dtype)
+        return flat if self.stride == (1,) else flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,19 @@ class ParameterPlan:
         return [dataclasses.replace(t, shape=self.shape, stride=stride) for t in self.template.paged]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """Elements ``begin`` to ``end`` of a parameter, updated in one call, and what their piece's unit has of them.
+
+    ``exact`` are their state tensors that are stored as they are; of each of the others, ``coded`` has what is stored.
+    """
+
+    begin: int
+    end: int
+    exact: tuple[StateTensor, ...]
+    coded: tuple[tuple[StateTensor, tuple[StateTensor, ...]], ...]
+
+
 @dataclasses.dataclass(eq=False)
 class Piece:
     """Elements ``start`` to ``stop`` of a parameter, in memory order, with the state that belongs to them.
@@ -177,12 +192,16 @@ class Piece:
     resident: dict[str, Any] | None = None
     ties: torch.Tensor | None = None
 
-    def chunk_views(self, data: torch.Tensor, begin: int, end: int) -> dict[str, torch.Tensor]:
-        """The exact state of elements ``begin`` to ``end`` as views of the unit's bytes ``data``."""
-        views = {tensor.name: tensor.view(data) for tensor in self.tensors if tensor.codec == "exact"}
-        if self.is_whole:
-            return views
-        return {name: view[begin - self.start : end - self.start] for name, view in views.items()}
+    @functools.cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks, in order; kept, since every step needs them."""
+        return tuple(self._chunk(begin, end) for begin, end in itertools.pairwise(self.cuts))
+
+    def _chunk(self, begin: int, end: int) -> Chunk:
+        first, last = begin - self.start, end - self.start
+        runs = [(tensor, tensor.stored if self.is_whole else tensor.run(first, last)) for tensor in self.tensors]
+        exact = tuple(run[0] for tensor, run in runs if tensor.codec == "exact")
+        return Chunk(begin, end, exact, tuple(pair for pair in runs if pair[0].codec != "exact"))
 
     @functools.cached_property
     def master(self) -> StateTensor | None:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .codecs import MASTER
 from .coding import decode_run, encode_run, flat, in_memory_order
 from .errors import OffloadError
 from .inner import InnerOptimizer
-from .units import Piece, StateTensor, SwapUnit, is_dense
+from .units import Chunk, Piece, StateTensor, SwapUnit, is_dense
 
 Key = tuple[int, int]
 """A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
@@ -30,9 +29,12 @@ Key = tuple[int, int]
 class Scratch:
     """fp32 memory for the time of a batch. On the CPU it is kept: what malloc takes back costs page faults."""
 
+    _MOST_KEPT = 64  # tensors; batches are alike, and those of one parameter after the other take the same
+
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.float32)
         self._used = 0
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
     def take(self, numel: int, device: torch.device) -> torch.Tensor:
         """1-D, of ``numel`` elements, with whatever is in there."""
@@ -40,10 +42,17 @@ class Scratch:
             return torch.empty(numel, dtype=torch.float32, device=device)
         start = self._used
         self._used += -(-numel // 16) * 16  # whole cache lines
+        kept = self._kept.get((start, numel))
+        if kept is not None:
+            return kept
         if self._used > len(self._memory):
             # What was taken keeps the memory from before.
             self._memory = torch.empty(2 * self._used, dtype=torch.float32)
-        return self._memory[start : start + numel]
+            self._kept.clear()
+        if len(self._kept) == self._MOST_KEPT:
+            self._kept.clear()
+        self._kept[start, numel] = self._memory[start : start + numel]
+        return self._kept[start, numel]
 
     def reset(self) -> None:
         """All that was taken may be used again."""
@@ -51,23 +60,36 @@ class Scratch:
 
 
 @dataclasses.dataclass
-class _Chunk:
-    """A run of a parameter's elements as the inner optimizer sees it: a parameter, and the tensors that are its state.
+class _Coded:
+    """A state tensor with a codec: what is ``stored`` for it in the unit's bytes, and its ``values``. All is 1-D."""
 
-    ``views`` are of the unit's bytes; ``decoded`` are values of what has a codec, to be encoded after the update.
-    ``runs`` are what is stored for these. ``weight`` is the parameter's run where ``target`` is a master.
+    tensor: StateTensor
+    stored: list[torch.Tensor]
+    values: torch.Tensor
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
+
+    Of its state, ``views`` are the unit's bytes, and ``decoded`` the values of ``coded``, to be encoded after the
+    update. ``weight`` is the parameter's run where ``target`` is a master.
     """
 
     piece: Piece
-    begin: int
-    end: int
+    chunk: Chunk
     target: torch.Tensor
     views: dict[str, torch.Tensor]
     decoded: dict[str, torch.Tensor]
-    runs: dict[str, tuple[StateTensor, ...]]
+    coded: list[_Coded]
     weight: torch.Tensor | None
-    data: torch.Tensor
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def weight_run(self, coded: _Coded) -> torch.Tensor | None:
+        """The 1-D weight where ``coded`` is its master; else None."""
+        if self.weight is None or coded.tensor.name != MASTER:
+            return None
+        return flat(self.weight) if self.piece.is_whole else self.weight
 
 
 class UnitUpdate:
@@ -91,11 +113,11 @@ class UnitUpdate:
         """Update the parameters of a resident unit, whose bytes are ``data``."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        batch: list[_Chunk] = []
+        batch: list[_Loaded] = []
         elements = 0
-        for chunk in self._chunks(unit, work):
-            batch.append(chunk)
-            elements += chunk.target.numel()
+        for loaded in self._load_chunks(unit, work):
+            batch.append(loaded)
+            elements += loaded.target.numel()
             if elements >= self._inner.batch_elements(unit.device):
                 self._update_batch(batch)
                 batch, elements = [], 0
@@ -140,72 +162,69 @@ class UnitUpdate:
                 if groups[index].get(name) is not value:
                     groups[index][name] = value
 
-    def _chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Chunk]:
+    def _load_chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Loaded]:
         for piece in unit.pieces:
             parameter = self._parameter(piece.key)
             if parameter.grad is None:
                 continue
-            if not piece.is_whole:
-                elements, gradient = flat(parameter), in_memory_order(parameter.grad, parameter)
-            for begin, end in pairwise(piece.cuts):
-                if piece.is_whole:
-                    target, grad = parameter, parameter.grad
-                else:
-                    target, grad = elements[begin:end], gradient[begin:end]
-                    if piece.master is None:
-                        target.grad = grad
-                yield self._chunk(piece, begin, end, target, grad, data)
+            if piece.is_whole:
+                yield self._load(piece, piece.chunks[0], parameter, parameter.grad, data)
+                continue
+            elements, gradient = flat(parameter), in_memory_order(parameter.grad, parameter)
+            for chunk in piece.chunks:
+                own, grad = elements[chunk.begin : chunk.end], gradient[chunk.begin : chunk.end]
+                if piece.master is None:
+                    own.grad = grad
+                yield self._load(piece, chunk, own, grad, data)
 
-    def _chunk(
-        self, piece: Piece, begin: int, end: int, own: torch.Tensor, grad: torch.Tensor, data: torch.Tensor
-    ) -> _Chunk:
+    def _load(self, piece: Piece, chunk: Chunk, own: torch.Tensor, grad: torch.Tensor, data: torch.Tensor) -> _Loaded:
         """``own`` is the parameter's run, or the parameter, and ``grad`` its gradient."""
         small = piece.resident  # the value before this step, for every chunk of the piece
-        views = piece.chunk_views(data, begin, end)
+        views = {tensor.name: tensor.view(data) for tensor in chunk.exact}
         weight = None if piece.master is None else own.detach()
-        chunk = _Chunk(piece, begin, end, own, views, {}, {}, weight, data)
-        for tensor in piece.tensors:
-            if tensor.codec != "exact":
-                run = tensor.stored if piece.is_whole else tensor.run(begin - piece.start, end - piece.start)
-                values = self._scratch.take(tensor.numel if piece.is_whole else end - begin, own.device)
-                chunk.runs[tensor.name] = run
-                chunk.decoded[tensor.name] = (
-                    values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
-                )
-                if small is not None:
-                    own_run = None if weight is None else flat(weight)
-                    decode_run(piece, tensor, [part.view(data) for part in run], begin, own_run, values)
+        loaded = _Loaded(piece, chunk, own, views, {}, [], weight)
+        for tensor, run in chunk.coded:
+            values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, own.device)
+            loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
+            coded = _Coded(tensor, [part.view(data) for part in run], values)
+            loaded.coded.append(coded)
+            if small is not None:
+                decode_run(piece, tensor, coded.stored, chunk.begin, loaded.weight_run(coded), values)
         if weight is not None:
-            chunk.target = views.pop(MASTER) if MASTER in views else chunk.decoded[MASTER]
+            # Detached: what an optimizer may note on a parameter is not to be found on the next one.
+            loaded.target = (views.pop(MASTER) if MASTER in views else loaded.decoded[MASTER]).detach()
             if small is None:
-                chunk.target.copy_(weight)
-            chunk.target.grad = self._cast(grad, own)
+                loaded.target.copy_(weight)
+            loaded.target.grad = self._cast(grad, own)
         if small is not None:
-            is_cut = len(piece.cuts) > 2
-            chunk.state.update({name: copy_value(value) for name, value in small.items()} if is_cut else small)
-            chunk.state.update(views)
-            chunk.state.update({name: value for name, value in chunk.decoded.items() if name != MASTER})
-        return chunk
+            is_cut = len(piece.chunks) > 1
+            loaded.state.update({name: copy_value(value) for name, value in small.items()} if is_cut else small)
+            loaded.state.update(views)
+            loaded.state.update({name: value for name, value in loaded.decoded.items() if name != MASTER})
+        return loaded
 
     def _cast(self, grad: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """The gradient in fp32, laid out as ``own`` where that has no gaps."""
         cast = self._scratch.take(own.numel(), own.device)
+        if own.dim() == 1 and own.is_contiguous():
+            return cast.copy_(grad)
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
         return cast.copy_(grad)
 
-    def _update_batch(self, batch: list[_Chunk]) -> None:
+    def _update_batch(self, batch: list[_Loaded]) -> None:
         if not batch:
             return
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         targets: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for chunk in batch:
-            group = chunk.piece.key[0]
-            state[chunk.target] = chunk.state
-            targets[group].extend([chunk.target] * self._listed[group][id(self._parameter(chunk.piece.key))])
+        for loaded in batch:
+            group = loaded.piece.key[0]
+            state[loaded.target] = loaded.state
+            times = self._listed[group][id(self._parameter(loaded.piece.key))]
+            targets[group].extend([loaded.target] * times)
         self._step_inner(targets, state)
-        for chunk in batch:
-            self._adopt(chunk, state[chunk.target])
-            self._encode(chunk)
+        for loaded in batch:
+            self._adopt(loaded, state[loaded.target])
+            self._encode(loaded)
         self._scratch.reset()
 
     def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
@@ -214,34 +233,35 @@ class UnitUpdate:
         for index, group in lent.items():  # without the parameters: their gradients would outlive zero_grad()
             self._groups_after[index] = {name: value for name, value in group.items() if name != "params"}
 
-    def _adopt(self, chunk: _Chunk, state: dict[str, Any]) -> None:
+    def _adopt(self, loaded: _Loaded, state: dict[str, Any]) -> None:
         """Take over what the inner optimizer left as a chunk's state."""
         small: dict[str, Any] = {}
-        paged = {**chunk.views, **chunk.decoded}
+        piece = loaded.piece
+        paged = {**loaded.views, **loaded.decoded}
         for name, value in state.items():
             if name not in paged:
                 if is_large(value):
                     raise OffloadError(
-                        f"{self._inner.name} made a new state tensor {name!r} for {chunk.piece.name}, which it did not "
+                        f"{self._inner.name} made a new state tensor {name!r} for {piece.name}, which it did not "
                         "keep when the parameter's place was planned: the options that decide it must stay as they were"
                     )
                 small[name] = value
             elif value is not paged[name]:
                 paged[name].copy_(value)
-        if chunk.end == chunk.piece.stop:
-            chunk.piece.resident = _updated(chunk.piece.resident or {}, small)
+        if loaded.chunk.end == piece.stop:
+            piece.resident = _updated(piece.resident or {}, small)
 
-    def _encode(self, chunk: _Chunk) -> None:
+    def _encode(self, loaded: _Loaded) -> None:
         """Store what has a codec, and round a master to its weight."""
-        piece = chunk.piece
-        if chunk.weight is not None and MASTER not in chunk.decoded:
-            chunk.weight.copy_(chunk.target.detach())
-        for name, values in chunk.decoded.items():
-            weight = flat(chunk.weight) if name == MASTER and chunk.weight is not None else None
-            ties = encode_run(piece, name, chunk.runs[name], flat(values), chunk.data, chunk.begin, self._step, weight)
+        piece, begin = loaded.piece, loaded.chunk.begin
+        if loaded.weight is not None and MASTER not in loaded.decoded:
+            loaded.weight.copy_(loaded.target)
+        for coded in loaded.coded:
+            weight = loaded.weight_run(coded)
+            ties = encode_run(piece, coded.tensor, coded.stored, coded.values, begin, self._step, weight)
             if ties is not None:
                 self._ties.append(ties)
-        if chunk.end == piece.stop:
+        if loaded.chunk.end == piece.stop:
             piece.ties, self._ties = (torch.cat(self._ties).cpu(), []) if self._ties else (None, [])
 
     def _parameter(self, key: Key) -> torch.Tensor:

@@ -276,10 +276,7 @@ def test_views_of_a_unit_do_not_touch_each_other(parameters: list[ParameterPlan]
     for unit in plan_units(parameters, host_memory, None):
         data = torch.zeros(unit.nbytes, dtype=torch.uint8)
         views = [
-            (tensor, view)
-            for piece in unit.pieces
-            for begin, end in pairwise(piece.cuts)
-            for tensor, view in zip(piece.tensors, piece.chunk_views(data, begin, end).values(), strict=True)
+            (tensor, tensor.view(data)) for piece in unit.pieces for chunk in piece.chunks for tensor in chunk.exact
         ]
         for _, view in views:
             assert view.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
@@ -298,7 +295,10 @@ def test_a_whole_piece_keeps_its_strides() -> None:
     (unit,) = plan_units([plan], 1 << 20, None)
     (piece,) = unit.pieces
     data = torch.arange(unit.nbytes, dtype=torch.uint8)
-    for tensor, view in zip(piece.tensors, piece.chunk_views(data, 0, 120).values(), strict=True):
+    (chunk,) = piece.chunks
+    assert chunk.exact == piece.tensors
+    for tensor in chunk.exact:
+        view = tensor.view(data)
         assert (view.shape, view.stride(), view.dtype) == (shape, stride, tensor.dtype)
         assert view.data_ptr() == data.data_ptr() + tensor.offset
     assert [piece.tensor_label(tensor) for tensor in piece.tensors] == ["conv.state0", "conv.state1"]
