@@ -2,11 +2,11 @@
 
     python benchmarks/step.py /mnt/nvme
 
-All train the same model with AdamW (see _peers.py): a stack of bf16 Linear layers whose forward and backward cost
-little, from the same weights, with the same batches. Each has a process of its own, which stays alive; they take turns,
-in an order that rotates, and only one works at a time. Those that live in the page cache, the last ones below, have
-their turns after the others, so that memory is not short. A turn is two whole iterations and the wait for what they
-left under way. Figures are medians over the rounds, and ratios medians of the ratios of each round.
+All train the same model with AdamW (see _peers.py): bf16 Linear layers whose forward and backward cost little, from the
+same weights, with the same batches. Each has a process of its own, which stays alive; they take turns, in an order that
+rotates, and only one works at a time. Those that live in the page cache, the last ones below, have their turns after
+the others, so that memory is not short. A turn is two whole iterations and the wait for what they left under way.
+Figures are medians over the rounds, and ratios medians of the ratios of each round.
 
 - exact, bf16, int8: OffloadOptimizer with ``master_weights``, and with that ``state_dtype``.
 - deepspeed: ZeRO-3 with its optimizer offload to NVMe, pipelined both ways, and DeepSpeedCPUAdam. It writes gradients
