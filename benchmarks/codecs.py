@@ -59,8 +59,8 @@ def parse() -> argparse.Namespace:
 def codec_jobs(codec: codecs.StateCodec, label: str, values: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
     stored = [torch.empty(numel, dtype=dtype) for _, dtype, numel in codec.parts(values.numel())]
     return {
-        f"{label}, encode": lambda: codec.encode(values, stored, 1, 0),
-        f"{label}, decode": lambda: codec.decode(stored, out),
+        f"{label}, encode": lambda: codecs.encode([codecs.Coding(codec, stored, values)], [1], 0),
+        f"{label}, decode": lambda: codecs.decode([codecs.Coding(codec, stored, out)]),
     }
 
 
@@ -68,14 +68,15 @@ def jobs(numel: int) -> dict[str, Callable[[], Any]]:
     """What is timed. Those that decode come after those that encode the same."""
     values, out = torch.randn(numel), torch.zeros(numel)
     weight, remainder = torch.zeros(numel, dtype=torch.bfloat16), torch.zeros(numel, dtype=torch.int16)
-    ties = codecs.split_master(values, weight, remainder)
+    master = codecs.Coding(codecs.Master(), [remainder], values, weight)
+    joined = dataclasses.replace(master, values=out, ties=codecs.encode([master], [0], 0))
     return {
         "copy": lambda: out.copy_(values),
         **codec_jobs(codecs.Bf16(), "bf16", values, out),
         **codec_jobs(codecs.Int8(is_signed=True), "int8", values, out),
         **codec_jobs(codecs.Int8(is_signed=False), "int8, non-negative", values.abs(), out),
-        "master, split": lambda: codecs.split_master(values, weight, remainder),
-        "master, join": lambda: codecs.join_master(weight, remainder, ties, out),
+        "master, split": lambda: codecs.encode([master], [0], 0),
+        "master, join": lambda: codecs.decode([joined]),
     }
 
 
@@ -124,9 +125,9 @@ def ours(kind: str) -> RoundTrip:
         codec = codecs.codec_for(kind, state)
         assert codec
         stored = [torch.empty(numel, dtype=dtype) for _, dtype, numel in codec.parts(values.numel())]
-        codec.encode(values, stored, key, 0)
+        codecs.encode([codecs.Coding(codec, stored, values)], [key], 0)
         out = torch.empty_like(values)
-        codec.decode(stored, out)
+        codecs.decode([codecs.Coding(codec, stored, out)])
         return out
 
     return round_trip

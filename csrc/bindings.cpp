@@ -18,7 +18,7 @@
 #include <thread>
 
 #include "aio_handle.h"
-#include "codec.h"
+#include "coding.h"
 #include "locked_memory.h"
 #include "parallel.h"
 
@@ -259,70 +259,38 @@ py::list engines() {
   return rows;
 }
 
-template <typename T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// (format, address of values, of stored, of beside, key, address of ties, their number, position), as in coding.h.
+using CodingTuple = std::tuple<unsigned, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uint64_t, std::uintptr_t,
+                               std::size_t, std::size_t>;
+
+std::vector<Coding> codings_of(const std::vector<CodingTuple>& tuples) {
+  std::vector<Coding> codings;
+  codings.reserve(tuples.size());
+  for (const auto& [format, values, stored, beside, key, ties, tie_count, position] : tuples) {
+    codings.push_back({static_cast<Format>(format), reinterpret_cast<float*>(values), reinterpret_cast<void*>(stored),
+                       reinterpret_cast<void*>(beside), key, reinterpret_cast<const std::int32_t*>(ties), tie_count,
+                       position});
+  }
+  return codings;
 }
 
-// The codecs of codec.h. Addresses, and lengths in elements: codecs.py has checked them.
-void bind_codecs(py::module_& module) {
-  using Address = std::uintptr_t;
+// Addresses, and lengths in elements: codecs.py has checked them.
+void bind_codings(py::module_& module) {
   module.def(
-      "encode_bf16",
-      [](Address values, Address stored, std::size_t count, std::uint64_t key, std::uint64_t first, unsigned threads) {
-        without_gil([&] { encode_bf16(at<float>(values), at<std::uint16_t>(stored), count, {key, first}, threads); });
+      "decode",
+      [](const std::vector<CodingTuple>& codings, std::size_t count, unsigned threads) {
+        without_gil([&] { decode(codings_of(codings), count, threads); });
       },
-      py::arg("values"), py::arg("stored"), py::arg("count"), py::arg("key"), py::arg("first"), py::arg("threads"));
+      py::arg("codings"), py::arg("count"), py::arg("threads"));
   module.def(
-      "decode_bf16",
-      [](Address stored, Address values, std::size_t count, unsigned threads) {
-        without_gil([&] { decode_bf16(at<std::uint16_t>(stored), at<float>(values), count, threads); });
+      "encode",
+      [](const std::vector<CodingTuple>& codings, std::size_t count, std::uint64_t first, unsigned threads) {
+        const Found found = without_gil([&] { return encode(codings_of(codings), count, first, threads); });
+        const py::bytes ties(reinterpret_cast<const char*>(found.ties.data()),
+                             found.ties.size() * sizeof(std::int32_t));
+        return py::make_tuple(found.coding, found.negative, ties);
       },
-      py::arg("stored"), py::arg("values"), py::arg("count"), py::arg("threads"));
-  module.def(
-      "encode_int8",
-      [](bool is_signed, Address values, Address codes, Address exponents, std::size_t count, std::uint64_t key,
-         std::uint64_t first, unsigned threads) {
-        const Int8Kind kind = is_signed ? Int8Kind::kSigned : Int8Kind::kNonNegative;
-        return without_gil([&] {
-          return encode_int8(kind, at<float>(values), at<std::uint8_t>(codes), at<std::uint8_t>(exponents), count,
-                             {key, first}, threads);
-        });
-      },
-      py::arg("is_signed"), py::arg("values"), py::arg("codes"), py::arg("exponents"), py::arg("count"), py::arg("key"),
-      py::arg("first"), py::arg("threads"));
-  module.def(
-      "decode_int8",
-      [](bool is_signed, Address codes, Address exponents, Address values, std::size_t count, unsigned threads) {
-        const Int8Kind kind = is_signed ? Int8Kind::kSigned : Int8Kind::kNonNegative;
-        without_gil([&] {
-          decode_int8(kind, at<std::uint8_t>(codes), at<std::uint8_t>(exponents), at<float>(values), count, threads);
-        });
-      },
-      py::arg("is_signed"), py::arg("codes"), py::arg("exponents"), py::arg("values"), py::arg("count"),
-      py::arg("threads"));
-  module.def(
-      "split_master",
-      [](Address master, Address weight, Address remainder, std::size_t count, Address ties, std::size_t capacity,
-         unsigned threads) {
-        return without_gil([&] {
-          return split_master(at<float>(master), at<std::uint16_t>(weight), at<std::uint16_t>(remainder), count,
-                              at<std::int32_t>(ties), capacity, threads);
-        });
-      },
-      py::arg("master"), py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"),
-      py::arg("capacity"), py::arg("threads"));
-  module.def(
-      "join_master",
-      [](Address weight, Address remainder, std::size_t count, Address ties, std::size_t tie_count, Address master,
-         unsigned threads) {
-        without_gil([&] {
-          join_master(at<std::uint16_t>(weight), at<std::uint16_t>(remainder), count, at<std::int32_t>(ties), tie_count,
-                      at<float>(master), threads);
-        });
-      },
-      py::arg("weight"), py::arg("remainder"), py::arg("count"), py::arg("ties"), py::arg("tie_count"),
-      py::arg("master"), py::arg("threads"));
+      py::arg("codings"), py::arg("count"), py::arg("first"), py::arg("threads"));
   module.def("thread_count", &thread_count, py::arg("threads"));
 }
 
@@ -405,7 +373,7 @@ PYBIND11_MODULE(_C, module) {
     const std::uint64_t granule = without_gil([&] { return direct_io(folder, why_not); });
     return py::make_tuple(granule, why_not);
   });
-  bind_codecs(module);
+  bind_codings(module);
   ::pthread_atfork(nullptr, nullptr, &WithoutGil::forget_threads);
   module.def("prepare_to_exit", &WithoutGil::prepare_to_exit);
   module.def("page_size", &page_size);

@@ -2,13 +2,10 @@
 #include "codec.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <vector>
-
-#include "parallel.h"
 
 namespace offload_opt {
 
@@ -314,7 +311,9 @@ OFFLOAD_OPT_INLINE inline void encode_bf16_block(const float* __restrict__ value
   }
 }
 
-void encode_bf16_part(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding) {
+}  // namespace
+
+void encode_bf16(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding) {
   vectorised([=]() OFFLOAD_OPT_INLINE {
     for_each_stretch(rounding, count, [=](std::size_t offset, std::size_t length, Stretch stretch) OFFLOAD_OPT_INLINE {
       for (std::size_t start = offset; start < offset + length; start += kBf16Block) {
@@ -326,25 +325,39 @@ void encode_bf16_part(const float* values, std::uint16_t* stored, std::size_t co
   });
 }
 
-void decode_bf16_part(const std::uint16_t* __restrict__ stored, float* __restrict__ values, std::size_t count) {
+void decode_bf16(const std::uint16_t* __restrict__ stored, float* __restrict__ values, std::size_t count) {
   vectorised([=]() OFFLOAD_OPT_INLINE {
     for (std::size_t i = 0; i < count; ++i) values[i] = float_of(std::uint32_t{stored[i]} << 16);
   });
 }
 
-// Sets `has_ties` for each block.
-void split_part(const float* master, std::uint16_t* weight, std::uint16_t* remainder, std::size_t count,
-                std::uint8_t* has_ties) {
-  vectorised([=]() OFFLOAD_OPT_INLINE {
+std::size_t encode_int8(Int8Kind kind, const float* values, std::uint8_t* codes, std::uint8_t* exponents,
+                        std::size_t count, Rounding rounding) {
+  const auto encode = kind == Int8Kind::kSigned ? encode_blocks<SignedFormat> : encode_blocks<NonNegativeFormat>;
+  return encode(values, codes, exponents, count, rounding);
+}
+
+void decode_int8(Int8Kind kind, const std::uint8_t* codes, const std::uint8_t* exponents, float* values,
+                 std::size_t count) {
+  const auto decode = kind == Int8Kind::kSigned ? decode_blocks<SignedFormat> : decode_blocks<NonNegativeFormat>;
+  decode(codes, exponents, values, count);
+}
+
+void split_master(const float* master, std::uint16_t* weight, std::uint16_t* remainder, std::size_t count,
+                  std::size_t position, std::vector<std::int32_t>& ties) {
+  vectorised([=, &ties]() OFFLOAD_OPT_INLINE {
     for (std::size_t start = 0; start < count; start += kTieBlock) {
-      const std::size_t length = std::min(kTieBlock, count - start);
-      has_ties[start / kTieBlock] = split_block(master + start, weight + start, remainder + start, length) ? 1 : 0;
+      const std::size_t end = std::min(start + kTieBlock, count);
+      if (!split_block(master + start, weight + start, remainder + start, end - start)) continue;
+      for (std::size_t i = start; i < end; ++i) {
+        if (is_tie(bits_of(master[i]))) ties.push_back(static_cast<std::int32_t>(position + i));
+      }
     }
   });
 }
 
-void join_part(const std::uint16_t* __restrict__ weight, const std::uint16_t* __restrict__ remainder, std::size_t count,
-               float* __restrict__ master) {
+void join_master(const std::uint16_t* __restrict__ weight, const std::uint16_t* __restrict__ remainder,
+                 std::size_t count, float* __restrict__ master) {
   vectorised([=]() OFFLOAD_OPT_INLINE {
     for (std::size_t i = 0; i < count; ++i) {
       const std::uint32_t low = remainder[i];
@@ -354,75 +367,6 @@ void join_part(const std::uint16_t* __restrict__ weight, const std::uint16_t* __
   });
 }
 
-void lower(std::atomic<std::size_t>& least, std::size_t value) {
-  std::size_t seen = least;
-  while (value < seen && !least.compare_exchange_weak(seen, value)) {
-  }
-}
-
-}  // namespace
-
-void encode_bf16(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding, unsigned threads) {
-  in_parallel(count, threads, [=](std::size_t begin, std::size_t end) {
-    encode_bf16_part(values + begin, stored + begin, end - begin, {rounding.key, rounding.first + begin});
-  });
-}
-
-void decode_bf16(const std::uint16_t* stored, float* values, std::size_t count, unsigned threads) {
-  in_parallel(count, threads, [=](std::size_t begin, std::size_t end) {
-    decode_bf16_part(stored + begin, values + begin, end - begin);
-  });
-}
-
-std::size_t encode_int8(Int8Kind kind, const float* values, std::uint8_t* codes, std::uint8_t* exponents,
-                        std::size_t count, Rounding rounding, unsigned threads) {
-  static_assert(kGranule % kInt8Block == 0);
-  const auto encode = kind == Int8Kind::kSigned ? encode_blocks<SignedFormat> : encode_blocks<NonNegativeFormat>;
-  std::atomic<std::size_t> negative{count};
-  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
-    const std::size_t found = encode(values + begin, codes + begin, exponents + begin / kInt8Block, end - begin,
-                                     {rounding.key, rounding.first + begin});
-    if (found < end - begin) lower(negative, begin + found);
-  });
-  return negative;
-}
-
-void decode_int8(Int8Kind kind, const std::uint8_t* codes, const std::uint8_t* exponents, float* values,
-                 std::size_t count, unsigned threads) {
-  const auto decode = kind == Int8Kind::kSigned ? decode_blocks<SignedFormat> : decode_blocks<NonNegativeFormat>;
-  in_parallel(count, threads, [=](std::size_t begin, std::size_t end) {
-    decode(codes + begin, exponents + begin / kInt8Block, values + begin, end - begin);
-  });
-}
-
-std::size_t split_master(const float* master, std::uint16_t* weight, std::uint16_t* remainder, std::size_t count,
-                         std::int32_t* ties, std::size_t capacity, unsigned threads) {
-  static_assert(kGranule % kTieBlock == 0);
-  std::vector<std::uint8_t> has_ties((count + kTieBlock - 1) / kTieBlock);
-  in_parallel(count, threads, [=, &has_ties](std::size_t begin, std::size_t end) {
-    split_part(master + begin, weight + begin, remainder + begin, end - begin, &has_ties[begin / kTieBlock]);
-  });
-  std::size_t found = 0;
-  for (std::size_t block = 0; block < has_ties.size(); ++block) {
-    if (has_ties[block] == 0) continue;
-    for (std::size_t i = block * kTieBlock; i < std::min((block + 1) * kTieBlock, count); ++i) {
-      if (!is_tie(bits_of(master[i]))) continue;
-      if (found < capacity) ties[found] = static_cast<std::int32_t>(i);
-      ++found;
-    }
-  }
-  return found;
-}
-
-void join_master(const std::uint16_t* weight, const std::uint16_t* remainder, std::size_t count,
-                 const std::int32_t* ties, std::size_t tie_count, float* master, unsigned threads) {
-  in_parallel(count, threads, [=](std::size_t begin, std::size_t end) {
-    join_part(weight + begin, remainder + begin, end - begin, master + begin);
-  });
-  for (std::size_t i = 0; i < tie_count; ++i) {
-    float& tie = master[ties[i]];
-    tie = float_of(bits_of(tie) + 0x10000);
-  }
-}
+void raise_tie(float& master) { master = float_of(bits_of(master) + 0x10000); }
 
 }  // namespace offload_opt

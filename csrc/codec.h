@@ -4,11 +4,12 @@
 // are counter-based: those of an element depend on the key and on the element's number alone, so a run gives the same
 // bytes whatever it is part of. codecs.py has the same arithmetic in tensor operations: the two must agree bit for bit.
 //
-// `threads` share the work, see parallel.h; the bytes do not depend on how many.
+// coding.h runs them for several tensors at once, on all threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace offload_opt {
 
@@ -19,9 +20,8 @@ struct Rounding {
 
 // bf16: sign, 8 bits of exponent, 7 of mantissa; the high half of an fp32. Inf and NaN stay what they are; a finite
 // value stays finite.
-void encode_bf16(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding,
-                 unsigned threads = 1);
-void decode_bf16(const std::uint16_t* stored, float* values, std::size_t count, unsigned threads = 1);
+void encode_bf16(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding);
+void decode_bf16(const std::uint16_t* stored, float* values, std::size_t count);
 
 // int8: a byte for each value and one for each block of kInt8Block values, counted from the run's start.
 //
@@ -42,18 +42,18 @@ inline constexpr std::uint8_t kInt8NotFinite = 255;
 // Stores `count` codes and ceil(count / kInt8Block) exponents. kNonNegative: returns the index of the first value below
 // zero, and what is stored is of no use then; `count` where there is none.
 std::size_t encode_int8(Int8Kind kind, const float* values, std::uint8_t* codes, std::uint8_t* exponents,
-                        std::size_t count, Rounding rounding, unsigned threads = 1);
+                        std::size_t count, Rounding rounding);
 void decode_int8(Int8Kind kind, const std::uint8_t* codes, const std::uint8_t* exponents, float* values,
-                 std::size_t count, unsigned threads = 1);
+                 std::size_t count);
 
 // An fp32 master as a bf16 weight, rounded to nearest even, and the low 16 bits, which round-to-nearest threw away.
 // The weight was rounded up where the low bits are above one half. At exactly one half the weight does not tell, so the
-// positions of those that were not rounded up are kept: ties. Stores the first `capacity` of them, returns how many
-// there are.
-std::size_t split_master(const float* master, std::uint16_t* weight, std::uint16_t* remainder, std::size_t count,
-                         std::int32_t* ties, std::size_t capacity, unsigned threads = 1);
-// Each tie must be below `count`.
-void join_master(const std::uint16_t* weight, const std::uint16_t* remainder, std::size_t count,
-                 const std::int32_t* ties, std::size_t tie_count, float* master, unsigned threads = 1);
+// positions of those that were not rounded up are kept: ties. Adds them to `ties`, in order, counted from `position`
+// on.
+void split_master(const float* master, std::uint16_t* weight, std::uint16_t* remainder, std::size_t count,
+                  std::size_t position, std::vector<std::int32_t>& ties);
+// Without ties: each of them gets what is just below it in the high half, until raise_tie has been called for it.
+void join_master(const std::uint16_t* weight, const std::uint16_t* remainder, std::size_t count, float* master);
+void raise_tie(float& master);
 
 }  // namespace offload_opt

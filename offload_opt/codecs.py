@@ -8,7 +8,7 @@ bytes however the state is cut, and again after a crash.
 
 Tensors on the CPU go through the native loops (csrc/codec.cpp) on torch's threads, as many as torch.set_num_threads
 allows; those on other devices through the ``reference_`` functions, which do the same in tensor operations, bit for
-bit.
+bit. ``decode`` and ``encode`` take all tensors of a run at once: of a short run, waking the threads is what costs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = 128
 MASTER = "master"
 """The name under which an fp32 master weight is kept, beside the state that the optimizer makes."""
 REMAINDER = "remainder"
-"""How the master of a bf16 weight is stored: as what the weight in memory lacks; see ``split_master``."""
+"""How the master of a bf16 weight is stored: as what the weight in memory lacks; see ``Master``."""
 NOT_FINITE = 255
 """The exponent of a block of int8 that has an inf or NaN."""
 
@@ -59,7 +59,7 @@ _CHUNK = 1 << 20
 
 
 class StateCodec(Protocol):
-    """How one state tensor is stored. Tensors are 1-D, contiguous and on one device, and do not overlap."""
+    """How one state tensor is stored."""
 
     @property
     def name(self) -> str: ...
@@ -70,15 +70,6 @@ class StateCodec(Protocol):
 
     def parts(self, numel: int) -> tuple[tuple[str, torch.dtype, int], ...]:
         """(suffix of the name, dtype, number of elements) of each tensor that is stored for ``numel`` values."""
-
-    def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], key: int, first: int) -> None:
-        """fp32 ``values`` into ``stored``, which is as ``parts`` says.
-
-        Raises TypeError for a dtype, ValueError for anything else that is not as said; nothing is touched then.
-        """
-
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """What ``encode`` stored into ``out``, fp32. Raises as it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +82,6 @@ class Bf16:
     def parts(self, numel: int) -> tuple[tuple[str, torch.dtype, int], ...]:
         return (("", torch.bfloat16, numel),)
 
-    def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], key: int, first: int) -> None:
-        numel = _check_run(self, "values", values, stored)
-        _check_numbers(key, first, numel)
-        if values.device.type != "cpu":
-            reference_encode_bf16(values, stored[0], key, first)
-        else:
-            _C.encode_bf16(values.data_ptr(), stored[0].data_ptr(), numel, key, first, torch.get_num_threads())
-
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        numel = _check_run(self, "out", out, stored)
-        if out.device.type != "cpu":
-            reference_decode_bf16(stored[0], out)
-        else:
-            _C.decode_bf16(stored[0].data_ptr(), out.data_ptr(), numel, torch.get_num_threads())
-
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
@@ -117,9 +93,8 @@ class Int8:
     than the smallest code becomes that. No result is a denormal: a block below 2^-112 or so has fewer octaves, and what
     is below 2^-126 is rounded to that or, signed, to zero.
 
-    A block with an inf or NaN comes back as NaN everywhere, so that trouble is not hidden. ``encode`` with
-    ``is_signed=False`` raises ValueError for a value below zero (-0.0 and NaN are not), which it finds on the way: what
-    is stored is of no use then.
+    A block with an inf or NaN comes back as NaN everywhere, so that trouble is not hidden. With ``is_signed=False``,
+    a value below zero (-0.0 and NaN are not) cannot be encoded.
     """
 
     is_signed: bool
@@ -129,28 +104,103 @@ class Int8:
     def parts(self, numel: int) -> tuple[tuple[str, torch.dtype, int], ...]:
         return (("", torch.uint8, numel), (".exponent", torch.uint8, -(-numel // BLOCK)))
 
-    def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], key: int, first: int) -> None:
-        numel = _check_run(self, "values", values, stored)
-        _check_numbers(key, first, numel)
-        codes, exponents = stored
-        if values.device.type != "cpu":
-            negative = reference_encode_int8(self.is_signed, values, codes, exponents, key, first)
-        else:
-            pointers = values.data_ptr(), codes.data_ptr(), exponents.data_ptr()
-            threads = torch.get_num_threads()
-            negative = _C.encode_int8(self.is_signed, *pointers, numel, key, first, threads)
-        if negative != numel:
-            value = float(values[negative])
-            raise ValueError(f"element {first + negative} is {value:g}: this state cannot be below zero")
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        numel = _check_run(self, "out", out, stored)
-        codes, exponents = stored
-        if out.device.type != "cpu":
-            reference_decode_int8(self.is_signed, codes, exponents, out)
+@dataclasses.dataclass(frozen=True)
+class Master:
+    """An fp32 master as what its bf16 weight in memory lacks of it: the 16 bits of a remainder.
+
+    The weight is the master rounded to nearest even, as ``master.to(torch.bfloat16)`` rounds. A NaN becomes 0x7FC0;
+    torch's vector code gives 0xFFFF, which decodes as well, to a NaN. The remainder has the master's low bits. Where
+    they are above one half, the weight was rounded up; at one half exactly, it was rounded to even, and does not tell
+    which way. So encoding returns the positions of those that were rounded down: *ties*; in the mean, one value in
+    2^17. (apex's DistributedFusedAdam keeps remainders, too: store_param_remainders.)
+    """
+
+    name: str = dataclasses.field(default=REMAINDER, init=False)
+    granule: int = dataclasses.field(default=1, init=False)
+
+    def parts(self, numel: int) -> tuple[tuple[str, torch.dtype, int], ...]:
+        return ((".remainder", torch.int16, numel),)
+
+
+@dataclasses.dataclass
+class Coding:
+    """fp32 ``values`` of a run and what is ``stored`` for them, as ``codec.parts`` says.
+
+    A Master has the ``weight`` beside; to be decoded, it has the ``ties``, int32 and ascending, of a longer run on the
+    CPU, in which this one begins at ``position``; None is none. Everything is 1-D and contiguous.
+    """
+
+    codec: StateCodec
+    stored: Sequence[torch.Tensor]
+    values: torch.Tensor
+    weight: torch.Tensor | None = None
+    ties: torch.Tensor | None = None
+    position: int = 0
+
+
+class BelowZeroError(ValueError):
+    """A value is below zero, which its codec does not have. ``index``: of its coding."""
+
+    def __init__(self, index: int, element: int, value: float) -> None:
+        super().__init__(f"element {element} is {value:g}: this state cannot be below zero")
+        self.index = index
+
+
+def decode(codings: Sequence[Coding]) -> None:
+    """Fill the ``values`` of each coding with what ``encode`` stored: a master bit for bit, but for NaNs.
+
+    The codings are of one length, below 2^31, on one device, and nothing overlaps. Raises TypeError for a dtype,
+    ValueError for anything else that is not as said; nothing is touched then.
+    """
+    numel, device = _check_codings(codings)
+    if device.type == "cpu":
+        _C.decode([_native(coding, 0) for coding in codings], numel, torch.get_num_threads())
+        return
+    for coding in codings:
+        if isinstance(coding.codec, Master):
+            assert coding.weight is not None
+            ties = _ties_from(coding, numel).to(device)
+            reference_join_master(coding.weight, coding.stored[0], ties, coding.values)
+        elif isinstance(coding.codec, Int8):
+            reference_decode_int8(coding.codec.is_signed, coding.stored[0], coding.stored[1], coding.values)
         else:
-            pointers = codes.data_ptr(), exponents.data_ptr(), out.data_ptr()
-            _C.decode_int8(self.is_signed, *pointers, numel, torch.get_num_threads())
+            reference_decode_bf16(coding.stored[0], coding.values)
+
+
+def encode(codings: Sequence[Coding], keys: Sequence[int], first: int) -> torch.Tensor:
+    """Store the ``values`` of each coding, rounded by its key, and round a master to its weight.
+
+    ``first`` is the number that the run's first element has in its parameter. Returns the ties of the masters: int32,
+    on the CPU, in ascending order, counted from the run's start. Raises as ``decode`` does and, with what is stored of
+    no use then, BelowZeroError.
+    """
+    numel, device = _check_codings(codings)
+    for key in keys:
+        if not 0 <= key < 1 << 64:
+            raise ValueError(f"key {key} is not an unsigned integer of 64 bits")
+    if not 0 <= first <= (1 << 63) - numel:
+        raise ValueError(f"first is {first}")
+    pairs = list(zip(codings, keys, strict=True))
+    if device.type == "cpu":
+        jobs = [_native(coding, key) for coding, key in pairs]
+        index, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads())
+        if index < len(codings):
+            raise BelowZeroError(index, first + negative, float(codings[index].values[negative]))
+        return torch.frombuffer(bytearray(found), dtype=torch.int32) if found else _NO_TIES
+    ties = _NO_TIES
+    for index, (coding, key) in enumerate(pairs):
+        values, stored = coding.values, coding.stored
+        if isinstance(coding.codec, Master):
+            assert coding.weight is not None
+            ties = reference_split_master(values, coding.weight, stored[0]).cpu()
+        elif isinstance(coding.codec, Int8):
+            negative = reference_encode_int8(coding.codec.is_signed, values, stored[0], stored[1], key, first)
+            if negative < numel:
+                raise BelowZeroError(index, first + negative, float(values[negative]))
+        else:
+            reference_encode_bf16(values, stored[0], key, first)
+    return ties
 
 
 def thread_count() -> int:
@@ -167,20 +217,20 @@ def codec_for(kind: str, state_name: str) -> StateCodec | None:
         return Bf16()
     if kind == "int8":
         return Int8(is_signed=state_name not in NON_NEGATIVE)
+    if kind == REMAINDER:
+        return Master()
     raise ConfigError(f"state is stored as 'exact', 'bf16' or 'int8', not as {kind!r}")
 
 
 def stored_parts(kind: str, state_name: str, numel: int) -> tuple[tuple[str, torch.dtype, int], ...]:
-    """What lies in a unit for ``numel`` fp32 values: as ``StateCodec.parts``, of ``REMAINDER``, too."""
-    if kind == REMAINDER:
-        return ((".remainder", torch.int16, numel),)
+    """What lies in a unit for ``numel`` fp32 values: as ``StateCodec.parts``."""
     codec = codec_for(kind, state_name)
     return (("", torch.float32, numel),) if codec is None else codec.parts(numel)
 
 
 def granule_of(kind: str, state_name: str) -> int:
     """Elements at whose multiples a run of a tensor may begin."""
-    codec = None if kind == REMAINDER else codec_for(kind, state_name)
+    codec = codec_for(kind, state_name)
     return 1 if codec is None else codec.granule
 
 
@@ -191,42 +241,26 @@ def rounding_key(step: int, parameter: int, state_name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """An fp32 master into a bf16 ``weight`` and the 16 bits of ``remainder`` (int16) that the weight lacks.
-
-    ``weight`` is rounded to nearest even, as ``master.to(torch.bfloat16)`` rounds. A NaN becomes 0x7FC0; torch's vector
-    code gives 0xFFFF, which joins as well. ``remainder`` has the master's low bits. Where they are above one half, the
-    weight was rounded up; at one half exactly, it was rounded to even, and does not tell which way. So the result has
-    the positions of those that were rounded down: *ties*, an int32 tensor, in ascending order; in the mean, one value
-    in 2^17. (apex's DistributedFusedAdam keeps remainders, too: store_param_remainders.)
-
-    Tensors are 1-D, contiguous, of one length below 2^31, on one device. Raises TypeError or ValueError; nothing is
-    touched then.
-    """
-    count = _check_master(master, weight, remainder)
-    if master.device.type != "cpu":
-        return reference_split_master(master, weight, remainder)
-    threads = torch.get_num_threads()
-    pointers = master.data_ptr(), weight.data_ptr(), remainder.data_ptr()
-    ties = torch.empty(64 + (count >> 15), dtype=torch.int32)
-    found = _C.split_master(*pointers, count, ties.data_ptr(), ties.numel(), threads)
-    if found > ties.numel():  # not weights of a real model
-        ties = torch.empty(found, dtype=torch.int32)
-        _C.split_master(*pointers, count, ties.data_ptr(), found, threads)
-    return ties[:found].clone()
+# The numbers of csrc/coding.h's Format.
+_FORMATS: dict[StateCodec, int] = {Bf16(): 0, Int8(is_signed=True): 1, Int8(is_signed=False): 2, Master(): 3}
+_NO_TIES = torch.empty(0, dtype=torch.int32)
 
 
-def join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor) -> None:
-    """The master that ``split_master`` split, into ``out``: bit for bit, but for a NaN, which may be another NaN."""
-    numel, tie_count = _check_master(out, weight, remainder), ties.numel()
-    _check("ties", ties, torch.int32, out.device, tie_count)
-    if tie_count and (int(ties.min()) < 0 or int(ties.max()) >= numel):
-        raise ValueError(f"ties has positions outside of 0 to {numel - 1}")
-    if out.device.type != "cpu":
-        reference_join_master(weight, remainder, ties, out)
-    else:
-        pointers = weight.data_ptr(), remainder.data_ptr()
-        _C.join_master(*pointers, numel, ties.data_ptr(), tie_count, out.data_ptr(), torch.get_num_threads())
+def _native(coding: Coding, key: int) -> tuple[int, int, int, int, int, int, int, int]:
+    """The tuple of csrc/bindings.cpp. Of checked tensors on the CPU."""
+    stored, ties = coding.stored, coding.ties
+    beside = coding.weight if coding.weight is not None else stored[-1]
+    tie_pointer, tie_count = (0, 0) if ties is None else (ties.data_ptr(), ties.numel())
+    pointers = coding.values.data_ptr(), stored[0].data_ptr(), beside.data_ptr()
+    return (_FORMATS[coding.codec], *pointers, key, tie_pointer, tie_count, coding.position)
+
+
+def _ties_from(coding: Coding, numel: int) -> torch.Tensor:
+    """The ties of the run itself, counted from its start."""
+    if coding.ties is None:
+        return _NO_TIES
+    ties = coding.ties - coding.position
+    return ties[(ties >= 0) & (ties < numel)]
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, numel: int) -> None:
@@ -242,34 +276,26 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.de
     raise ValueError(f"{name} has {shape[0]} elements, not {numel}")
 
 
-def _check_run(codec: StateCodec, name: str, values: torch.Tensor, stored: Sequence[torch.Tensor]) -> int:
-    """Returns the number of elements of ``values``."""
+def _check_codings(codings: Sequence[Coding]) -> tuple[int, torch.device]:
+    """Returns the number of elements, and the device."""
+    values = codings[0].values
     numel, device = values.numel(), values.device
-    _check(name, values, torch.float32, device, numel)
-    parts = codec.parts(numel)
-    if len(stored) != len(parts):
-        raise ValueError(f"{len(stored)} stored tensors, not {len(parts)}")
-    for (suffix, dtype, count), tensor in zip(parts, stored, strict=True):
-        _check("stored" + suffix, tensor, dtype, device, count)
-    return numel
-
-
-def _check_numbers(key: int, first: int, count: int) -> None:
-    if not 0 <= key < 1 << 64:
-        raise ValueError(f"key {key} is not an unsigned integer of 64 bits")
-    if not 0 <= first <= (1 << 63) - count:
-        raise ValueError(f"first is {first}")
-
-
-def _check_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> int:
-    """Returns the number of elements."""
-    numel, device = master.numel(), master.device
-    _check("the master", master, torch.float32, device, numel)
-    _check("weight", weight, torch.bfloat16, device, numel)
-    _check("remainder", remainder, torch.int16, device, numel)
     if numel >= 1 << 31:
         raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
-    return numel
+    for coding in codings:
+        _check("values", coding.values, torch.float32, device, numel)
+        parts = coding.codec.parts(numel)
+        if len(coding.stored) != len(parts):
+            raise ValueError(f"{len(coding.stored)} stored tensors, not {len(parts)}")
+        for (suffix, dtype, count), tensor in zip(parts, coding.stored, strict=True):
+            _check("stored" + suffix, tensor, dtype, device, count)
+        if coding.weight is not None:
+            _check("weight", coding.weight, torch.bfloat16, device, numel)
+        elif isinstance(coding.codec, Master):
+            raise ValueError("a master has a weight")
+        if coding.ties is not None:
+            _check("ties", coding.ties, torch.int32, _NO_TIES.device, coding.ties.numel())
+    return numel, device
 
 
 # The same in tensor operations. Unsigned 32-bit numbers are held in int64.
@@ -308,7 +334,7 @@ def _random_bits(key: int, first: int, count: int, device: torch.device) -> torc
 
 
 def reference_encode_bf16(values: torch.Tensor, stored: torch.Tensor, key: int, first: int) -> None:
-    """``Bf16.encode``, of checked tensors on any device."""
+    """``encode`` of a Bf16, of checked tensors on any device."""
     for chunk in _chunks(values.numel()):
         bits = _bits(values[chunk])
         magnitude = bits & _MAGNITUDE
@@ -320,7 +346,7 @@ def reference_encode_bf16(values: torch.Tensor, stored: torch.Tensor, key: int, 
 
 
 def reference_decode_bf16(stored: torch.Tensor, out: torch.Tensor) -> None:
-    """``Bf16.decode``, of checked tensors on any device."""
+    """``decode`` of a Bf16, of checked tensors on any device."""
     torch.bitwise_left_shift(stored.view(torch.int16).to(torch.int32), 16, out=out.view(torch.int32))
 
 
@@ -360,7 +386,7 @@ def _blocks(elements: torch.Tensor) -> torch.Tensor:
 def reference_encode_int8(
     is_signed: bool, values: torch.Tensor, codes: torch.Tensor, exponents: torch.Tensor, key: int, first: int
 ) -> int:
-    """``Int8.encode``, of checked tensors on any device. Returns the index of the first value below zero, or ``n``."""
+    """``encode`` of an Int8, of checked tensors on any device. Returns where one is below zero, or ``n``."""
     for chunk in _chunks(values.numel()):
         bits = _bits(values[chunk])
         if not is_signed:
@@ -392,7 +418,7 @@ def _encode_blocks(form: _Minifloat, bits: torch.Tensor, random: torch.Tensor) -
 
 
 def reference_decode_int8(is_signed: bool, codes: torch.Tensor, exponents: torch.Tensor, out: torch.Tensor) -> None:
-    """``Int8.decode``, of checked tensors on any device."""
+    """``decode`` of an Int8, of checked tensors on any device."""
     for chunk in _chunks(out.numel()):
         code = _blocks(codes[chunk].to(torch.int64))
         exponent = exponents[chunk.start // BLOCK :][: len(code)].to(torch.int64)
@@ -412,7 +438,7 @@ def _decode_blocks(form: _Minifloat, codes: torch.Tensor, exponents: torch.Tenso
 
 
 def reference_split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """``split_master``, of checked tensors on any device."""
+    """``encode`` of a Master, of checked tensors on any device. Returns the ties."""
     ties = []
     for chunk in _chunks(master.numel()):
         bits = _bits(master[chunk])
@@ -425,7 +451,7 @@ def reference_split_master(master: torch.Tensor, weight: torch.Tensor, remainder
 
 
 def reference_join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor) -> None:
-    """``join_master``, of checked tensors on any device."""
+    """``decode`` of a Master, of checked tensors on any device; ``ties`` are those of the run."""
     for chunk in _chunks(out.numel()):
         low = remainder[chunk].to(torch.int64) & 0xFFFF
         high = weight[chunk].view(torch.int16).to(torch.int64) & 0xFFFF

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 
 import torch
 
-from .codecs import REMAINDER, codec_for, join_master, rounding_key, split_master
+from .codecs import REMAINDER, BelowZeroError, Coding, codec_for, decode, encode, rounding_key
 from .errors import OffloadError
 from .units import Piece, StateTensor
 
 
-def encode_run(
+def coding_of(
     piece: Piece,
     tensor: StateTensor,
     stored: Sequence[torch.Tensor],
     values: torch.Tensor,
     begin: int,
-    step: int,
     weight: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Store fp32 ``values`` of a state tensor, from element ``begin`` of the parameter on; all of it is 1-D.
+) -> Coding:
+    """A state tensor that has a codec, from element ``begin`` of the parameter on, as codecs.py takes it; all is 1-D.
 
-    ``stored`` is what ``tensor.run`` names. With a ``weight`` they are a master, which is rounded to it. Returns its
-    ties by their positions in the piece, or None where there are none.
+    ``stored`` is what ``tensor.run`` names, and ``weight`` the parameter's run, which a master's remainder needs.
     """
-    if weight is not None:
-        ties = split_master(values, weight, stored[0])
-        return ties + (begin - piece.start) if len(ties) else None
     codec = codec_for(tensor.codec, tensor.name)
     assert codec is not None
+    if tensor.codec != REMAINDER:
+        return Coding(codec, stored, values)
+    if weight is None:
+        raise OffloadError(f"the master of {piece.name} cannot be read, since the parameter is gone")
+    return Coding(codec, stored, values, weight, piece.ties, begin - piece.start)
+
+
+def encode_run(piece: Piece, names: Sequence[str], codings: Sequence[Coding], begin: int, step: int) -> torch.Tensor:
+    """Store the values of ``codings``, state tensors of these names, from element ``begin`` of the parameter on.
+
+    Returns the ties of a master that is among them, by their positions in the piece.
+    """
     group, position = piece.key
+    keys = [rounding_key(step, (group << 32) + position, name) for name in names]
     try:
-        codec.encode(values, stored, rounding_key(step, (group << 32) + position, tensor.name), begin)
-    except ValueError as error:
-        message = f"{tensor.name} of {piece.name} cannot be stored as {tensor.codec}: {error}"
-        raise OffloadError(message) from error
-    return None
+        ties = encode(codings, keys, begin)
+    except BelowZeroError as error:
+        name, codec = names[error.index], codings[error.index].codec.name
+        raise OffloadError(f"{name} of {piece.name} cannot be stored as {codec}: {error}") from error
+    return ties + (begin - piece.start) if len(ties) else ties
 
 
 def decode_run(
@@ -48,29 +55,11 @@ def decode_run(
     weight: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """The values of a state tensor, from element ``begin`` of the parameter on, into ``out``; all of it is 1-D.
-
-    ``stored`` is what ``tensor.run`` names, and ``weight`` the parameter's run, which a master's remainder needs.
-    """
-    if tensor.codec == REMAINDER:
-        if weight is None:
-            raise OffloadError(f"the master of {piece.name} cannot be read, since the parameter is gone")
-        join_master(weight.to(out.device), stored[0], _ties_of(piece, begin, begin + len(out), out.device), out)
-        return
-    codec = codec_for(tensor.codec, tensor.name)
-    if codec is None:
+    """The values of any state tensor into ``out``; the arguments are as for ``coding_of``."""
+    if tensor.codec == "exact":
         out.copy_(stored[0])
     else:
-        codec.decode(stored, out)
-
-
-def _ties_of(piece: Piece, begin: int, end: int, device: torch.device) -> torch.Tensor:
-    """The ties of elements ``begin`` to ``end`` of the parameter, by their positions from ``begin`` on."""
-    if piece.ties is None:
-        return torch.empty(0, dtype=torch.int32, device=device)
-    positions = piece.ties.tolist()  # few: one value in 2^17 has one
-    first, last = (bisect.bisect_left(positions, bound - piece.start) for bound in (begin, end))
-    return (piece.ties[first:last] - (begin - piece.start)).to(device)
+        decode([coding_of(piece, tensor, stored, out, begin, None if weight is None else weight.to(out.device))])
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

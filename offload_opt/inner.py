@@ -30,7 +30,7 @@ _OPTIMIZERS: dict[Any, Paging | str] = {
 
 # Chunks of this many elements stay in the processor's cache through the passes of an update, and bound the temporaries
 # that the update makes; with fewer, what is between the calls counts.
-_CHUNK_ELEMENTS = 1024 * 1024
+_CHUNK_ELEMENTS = 512 * 1024
 
 _PROBE_SHAPE = (7,)
 

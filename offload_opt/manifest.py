@@ -406,7 +406,7 @@ def state_tensor(record: TensorRecord) -> StateTensor:
 
 
 def _are_ties(ties: Any, numel: int) -> bool:
-    """Whether a manifest's value is what ``codecs.split_master`` gives for so many elements."""
+    """Whether a manifest's value is what encoding a ``codecs.Master`` gives for so many elements."""
     if not isinstance(ties, torch.Tensor) or ties.dtype is not torch.int32 or ties.dim() != 1:
         return False
     positions = ties.tolist()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .codecs import MASTER, REMAINDER
-from .coding import decode_run, encode_run, flat, in_memory_order
+from .coding import coding_of, decode_run, encode_run, flat, in_memory_order
 from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .inner import InnerOptimizer
@@ -392,10 +392,10 @@ def _fill(
         return
     values = in_memory_order(given, like)[run].to("cpu", torch.float32)
     weight = torch.empty(len(values), dtype=torch.bfloat16) if is_master else None
-    stored = [part.view(data) for part in tensor.stored]
-    ties = encode_run(piece, tensor, stored, values, piece.start, epoch, weight)
+    coding = coding_of(piece, tensor, [part.view(data) for part in tensor.stored], values, piece.start, weight)
+    ties = encode_run(piece, [tensor.name], [coding], piece.start, epoch)
     if weight is not None:
-        piece.ties = ties
+        piece.ties = ties if len(ties) else None
         flat(parameter)[run].copy_(weight)
 
 

@@ -179,7 +179,7 @@ class Piece:
 
     ``cuts`` are the elements at which the update of the piece is cut into chunks, ``start`` and ``stop`` included.
     ``resident`` is its state that stays in memory; None until the optimizer has made any state for it. ``ties`` belong
-    to a master's remainder: see codecs.split_master; positions count from ``start``, and None is none.
+    to a master's remainder: see codecs.Master; positions count from ``start``, and None is none.
     """
 
     key: tuple[int, int]

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from .aio import trim_heap
-from .codecs import MASTER
-from .coding import decode_run, encode_run, flat, in_memory_order
+from .codecs import MASTER, Bf16, Coding, decode
+from .coding import coding_of, encode_run, flat, in_memory_order
 from .errors import OffloadError
 from .inner import InnerOptimizer
-from .units import Chunk, Piece, StateTensor, SwapUnit, is_dense
+from .units import Chunk, Piece, SwapUnit, is_dense
+
+_BF16 = Bf16()
 
 Key = tuple[int, int]
 """A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
@@ -60,19 +62,10 @@ class Scratch:
 
 
 @dataclasses.dataclass
-class _Coded:
-    """A state tensor with a codec: what is ``stored`` for it in the unit's bytes, and its ``values``. All is 1-D."""
-
-    tensor: StateTensor
-    stored: list[torch.Tensor]
-    values: torch.Tensor
-
-
-@dataclasses.dataclass
 class _Loaded:
     """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
 
-    Of its state, ``views`` are the unit's bytes, and ``decoded`` the values of ``coded``, to be encoded after the
+    Of its state, ``views`` are the unit's bytes, and ``decoded`` the values of ``codings``, to be encoded after the
     update. ``weight`` is the parameter's run where ``target`` is a master.
     """
 
@@ -81,15 +74,9 @@ class _Loaded:
     target: torch.Tensor
     views: dict[str, torch.Tensor]
     decoded: dict[str, torch.Tensor]
-    coded: list[_Coded]
+    codings: list[Coding]
     weight: torch.Tensor | None
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def weight_run(self, coded: _Coded) -> torch.Tensor | None:
-        """The 1-D weight where ``coded`` is its master; else None."""
-        if self.weight is None or coded.tensor.name != MASTER:
-            return None
-        return flat(self.weight) if self.piece.is_whole else self.weight
 
 
 class UnitUpdate:
@@ -180,34 +167,43 @@ class UnitUpdate:
     def _load(self, piece: Piece, chunk: Chunk, own: torch.Tensor, grad: torch.Tensor, data: torch.Tensor) -> _Loaded:
         """``own`` is the parameter's run, or the parameter, and ``grad`` its gradient."""
         small = piece.resident  # the value before this step, for every chunk of the piece
-        views = {tensor.name: tensor.view(data) for tensor in chunk.exact}
-        weight = None if piece.master is None else own.detach()
-        loaded = _Loaded(piece, chunk, own, views, {}, [], weight)
+        loaded = _Loaded(piece, chunk, own, {tensor.name: tensor.view(data) for tensor in chunk.exact}, {}, [], None)
+        casts: list[Coding] = []
+        if piece.master is not None:
+            loaded.weight = own.detach()
+            cast = self._cast(grad, own, casts)
+        weight = flat(loaded.weight) if loaded.weight is not None and piece.is_whole else loaded.weight
         for tensor, run in chunk.coded:
             values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, own.device)
             loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
-            coded = _Coded(tensor, [part.view(data) for part in run], values)
-            loaded.coded.append(coded)
-            if small is not None:
-                decode_run(piece, tensor, coded.stored, chunk.begin, loaded.weight_run(coded), values)
-        if weight is not None:
+            stored = [part.view(data) for part in run]
+            loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, weight))
+        codings = [*loaded.codings, *casts] if small is not None else casts
+        if codings:
+            decode(codings)
+        if loaded.weight is not None:
             # Detached: what an optimizer may note on a parameter is not to be found on the next one.
-            loaded.target = (views.pop(MASTER) if MASTER in views else loaded.decoded[MASTER]).detach()
+            master = loaded.views.pop(MASTER) if MASTER in loaded.views else loaded.decoded[MASTER]
+            loaded.target = master.detach()
             if small is None:
-                loaded.target.copy_(weight)
-            loaded.target.grad = self._cast(grad, own)
+                loaded.target.copy_(loaded.weight)
+            loaded.target.grad = cast
         if small is not None:
             is_cut = len(piece.chunks) > 1
             loaded.state.update({name: copy_value(value) for name, value in small.items()} if is_cut else small)
-            loaded.state.update(views)
+            loaded.state.update(loaded.views)
             loaded.state.update({name: value for name, value in loaded.decoded.items() if name != MASTER})
         return loaded
 
-    def _cast(self, grad: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """The gradient in fp32, laid out as ``own`` where that has no gaps."""
+    def _cast(self, grad: torch.Tensor, own: torch.Tensor, casts: list[Coding]) -> torch.Tensor:
+        """The gradient in fp32, laid out as ``own`` where that has no gaps; once ``casts`` are decoded, if there are.
+
+        bf16 is what a codec of this name decodes, in one loop with the state.
+        """
         cast = self._scratch.take(own.numel(), own.device)
-        if own.dim() == 1 and own.is_contiguous():
-            return cast.copy_(grad)
+        if grad.dtype == torch.bfloat16 and grad.dim() == 1 and grad.is_contiguous():
+            casts.append(Coding(_BF16, [grad], cast))
+            return cast
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
         return cast.copy_(grad)
 
@@ -256,13 +252,13 @@ class UnitUpdate:
         piece, begin = loaded.piece, loaded.chunk.begin
         if loaded.weight is not None and MASTER not in loaded.decoded:
             loaded.weight.copy_(loaded.target)
-        for coded in loaded.coded:
-            weight = loaded.weight_run(coded)
-            ties = encode_run(piece, coded.tensor, coded.stored, coded.values, begin, self._step, weight)
-            if ties is not None:
+        if loaded.codings:
+            names = [tensor.name for tensor, _ in loaded.chunk.coded]
+            ties = encode_run(piece, names, loaded.codings, begin, self._step)
+            if len(ties):
                 self._ties.append(ties)
         if loaded.chunk.end == piece.stop:
-            piece.ties, self._ties = (torch.cat(self._ties).cpu(), []) if self._ties else (None, [])
+            piece.ties, self._ties = (torch.cat(self._ties), []) if self._ties else (None, [])
 
     def _parameter(self, key: Key) -> torch.Tensor:
         parameter = self._groups[key[0]]["params"][key[1]]

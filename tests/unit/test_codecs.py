@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from offload_opt import ConfigError, codecs
-from offload_opt.codecs import BLOCK, NOT_FINITE, Bf16, Int8, StateCodec, join_master, rounding_key, split_master
+from offload_opt.codecs import BLOCK, NOT_FINITE, BelowZeroError, Bf16, Coding, Int8, Master, StateCodec, rounding_key
 from tests.conftest import seed
 
 ALL: list[StateCodec] = [Bf16(), Int8(is_signed=True), Int8(is_signed=False)]
@@ -46,13 +46,13 @@ def storage(codec: StateCodec, numel: int) -> list[torch.Tensor]:
 
 def encoded(codec: StateCodec, values: torch.Tensor, key: int = 1, first: int = 0) -> list[torch.Tensor]:
     stored = storage(codec, values.numel())
-    codec.encode(values, stored, key, first)
+    codecs.encode([Coding(codec, stored, values)], [key], first)
     return stored
 
 
 def decoded(codec: StateCodec, stored: list[torch.Tensor], numel: int) -> torch.Tensor:
     out = torch.full((numel,), 77.0)
-    codec.decode(stored, out)
+    codecs.decode([Coding(codec, stored, out)])
     return out
 
 
@@ -356,8 +356,8 @@ def test_a_value_below_zero_is_named(bad: float, at: int) -> None:
     values[at:] = bad
     values[0] = -0.0 if at else bad
     values[at - 1 :][:1] = float("nan") if at else bad
-    with pytest.raises(ValueError, match=rf"element {1000 + at} is -.*cannot be below zero"):
-        codec.encode(values, storage(codec, 520), 1, 1000)
+    with pytest.raises(BelowZeroError, match=rf"element {1000 + at} is -.*cannot be below zero"):
+        encoded(codec, values, 1, 1000)
     stored = storage(codec, 520)
     assert codecs.reference_encode_int8(False, values, *stored, 1, 1000) == at
 
@@ -410,6 +410,15 @@ def test_the_first_value_below_zero_is_named_by_all_threads(threads: int) -> Non
 
 
 # The split master.
+
+
+def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """Returns the ties."""
+    return codecs.encode([Coding(Master(), [remainder], master, weight)], [0], 0)
+
+
+def join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor | None, out: torch.Tensor) -> None:
+    codecs.decode([Coding(Master(), [remainder], out, weight, ties)])
 
 
 def assert_splits(master: torch.Tensor) -> torch.Tensor:
@@ -469,13 +478,51 @@ def test_a_training_run_on_bf16_weights_and_remainders_is_exact() -> None:
     assert same(master, plain)
 
 
-def test_ties_outside_are_refused() -> None:
-    weight, remainder = torch.zeros(10, dtype=torch.bfloat16), torch.zeros(10, dtype=torch.int16)
-    out = torch.full((10,), 5.0)
-    for ties in ([10], [-1], [3, 1 << 30]):
-        with pytest.raises(ValueError, match="outside of 0 to 9"):
-            join_master(weight, remainder, torch.tensor(ties, dtype=torch.int32), out)
-    assert torch.equal(out, torch.full((10,), 5.0))
+def test_ties_of_a_longer_run_are_found_from_its_position_on() -> None:
+    master = torch.ones(300_000)
+    master[::3] = 1.0 + 2.0**-8
+    weight, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
+    ties = split_master(master, weight, remainder)
+    bounds = [0, *sorted(random.Random(seed()).randrange(300_000) for _ in range(5)), 300_000]
+    for begin, end in itertools.pairwise(bounds):
+        out = torch.full((end - begin,), 5.0)
+        codecs.decode([Coding(Master(), [remainder[begin:end]], out, weight[begin:end], ties, begin)])
+        assert same(out, master[begin:end]), f"seed {seed()}"
+
+
+# All tensors of a run at once.
+
+
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_tensors_together_are_as_each_alone(numel: int, threads: int) -> None:
+    key, first = numbers()
+    keys = [key, key ^ 1, key ^ 2, key ^ 3]
+    values = [suited(codec, torch.randn(numel)) for codec in (Bf16(), Int8(True), Int8(False), Bf16())]
+    kinds: list[StateCodec] = [Bf16(), Int8(True), Int8(False), Master()]
+    values[3][::7] = 1.0 + 2.0**-8
+    weight = torch.empty(numel, dtype=torch.bfloat16)
+    weights = [None, None, None, weight]
+    together = [Coding(c, storage(c, numel), v, w) for c, v, w in zip(kinds, values, weights, strict=True)]
+    ties = codecs.encode(together, keys, first)
+    for coding, own_key in zip(together[:3], keys, strict=False):
+        alone = encoded(coding.codec, coding.values, own_key, first)
+        assert all(same(a, b) for a, b in zip(alone, coding.stored, strict=True)), f"seed {seed()}"
+    assert same(weight, values[3].to(torch.bfloat16))
+    back = [Coding(c.codec, c.stored, torch.full((numel,), 77.0), c.weight, ties) for c in together]
+    codecs.decode(back)
+    for coding in back[:3]:
+        assert same(coding.values, decoded(coding.codec, list(coding.stored), numel))
+    assert same(back[3].values, values[3])
+
+
+def test_the_tensor_with_a_value_below_zero_is_told(threads: int) -> None:
+    bad = torch.rand(1 << 17)
+    bad[100_000] = bad[70_000] = -1.0
+    kinds: list[tuple[StateCodec, torch.Tensor]] = [(Bf16(), -bad), (Int8(False), bad), (Int8(False), bad)]
+    codings = [Coding(codec, storage(codec, len(values)), values) for codec, values in kinds]
+    with pytest.raises(BelowZeroError, match="element 70005") as caught:
+        codecs.encode(codings, [1, 2, 3], 5)
+    assert caught.value.index == 1
 
 
 # What is refused.
@@ -504,11 +551,11 @@ def test_wrong_arguments_are_refused_before_anything_is_touched(codec: StateCode
     ]
     for error, bad_values, bad_stored, key, first in wrong:
         with pytest.raises(error):
-            codec.encode(bad_values, bad_stored, key, first)
+            codecs.encode([Coding(codec, bad_stored, bad_values)], [key], first)
     for error, bad_values, bad_stored, key, first in wrong:
         if (key, first) == (1, 0):
             with pytest.raises(error):
-                codec.decode(bad_stored, bad_values)
+                codecs.decode([Coding(codec, bad_stored, bad_values)])
     assert all(same(a, b) for a, b in zip(stored, before, strict=True))
 
 
@@ -525,9 +572,11 @@ def test_split_master_refuses_wrong_arguments() -> None:
             with pytest.raises(error):
                 split_master(*bad)
             with pytest.raises(error):
-                join_master(bad[1], bad[2], torch.zeros(0, dtype=torch.int32), bad[0])
+                join_master(bad[1], bad[2], None, bad[0])
     with pytest.raises(TypeError, match="ties"):
         join_master(good[1], good[2], torch.zeros(1, dtype=torch.int64), good[0])
+    with pytest.raises(ValueError, match="a master has a weight"):
+        codecs.decode([Coding(Master(), [good[2]], good[0])])
 
 
 # Choosing.
@@ -536,6 +585,7 @@ def test_split_master_refuses_wrong_arguments() -> None:
 def test_codec_for() -> None:
     assert codecs.codec_for("exact", "exp_avg") is None
     assert codecs.codec_for("bf16", "exp_avg_sq") == Bf16()
+    assert codecs.codec_for("remainder", "master") == Master()
     assert codecs.codec_for("int8", "exp_avg") == Int8(is_signed=True)
     assert codecs.codec_for("int8", "momentum_buffer") == Int8(is_signed=True)
     for name in codecs.NON_NEGATIVE:
@@ -605,10 +655,10 @@ def test_a_gpu_gives_the_same_bytes(codec: StateCodec) -> None:
         values = suited(codec, source(3 * BLOCK * 999 + 5))
         stored = encoded(codec, values, key, first)
         on_gpu = [part.cuda() for part in storage(codec, len(values))]
-        codec.encode(values.cuda(), on_gpu, key, first)
+        codecs.encode([Coding(codec, on_gpu, values.cuda())], [key], first)
         assert all(same(ours, theirs.cpu()) for ours, theirs in zip(stored, on_gpu, strict=True))
         out = torch.empty(len(values), device="cuda")
-        codec.decode(on_gpu, out)
+        codecs.decode([Coding(codec, on_gpu, out)])
         assert same(out.cpu(), decoded(codec, stored, len(values)))
 
 
@@ -618,8 +668,8 @@ def test_a_gpu_splits_masters_alike() -> None:
     weight, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
     ties = split_master(master, weight, remainder)
     on_gpu = weight.cuda(), remainder.cuda()
-    assert torch.equal(split_master(master.cuda(), *on_gpu).cpu(), ties)
+    assert torch.equal(split_master(master.cuda(), *on_gpu), ties)
     assert same(on_gpu[0].cpu(), weight)
     out = torch.empty_like(master, device="cuda")
-    join_master(*on_gpu, ties.cuda(), out)
+    join_master(*on_gpu, ties, out)
     assert same(out.cpu()[~master.isnan()], master[~master.isnan()])

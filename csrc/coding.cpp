@@ -1,0 +1,92 @@
+#include "coding.h"
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+
+#include "parallel.h"
+
+namespace offload_opt {
+namespace {
+
+static_assert(kGranule % kInt8Block == 0);  // a thread's part begins with a block
+
+template <typename T>
+T* from(void* memory, std::size_t element) {
+  return static_cast<T*>(memory) + element;
+}
+
+Int8Kind kind_of(Format format) { return format == Format::kSigned8 ? Int8Kind::kSigned : Int8Kind::kNonNegative; }
+
+void decode_part(const Coding& coding, std::size_t begin, std::size_t end) {
+  float* const values = coding.values + begin;
+  switch (coding.format) {
+    case Format::kBf16:
+      return decode_bf16(from<std::uint16_t>(coding.stored, begin), values, end - begin);
+    case Format::kSigned8:
+    case Format::kNonNegative8:
+      return decode_int8(kind_of(coding.format), from<std::uint8_t>(coding.stored, begin),
+                         from<std::uint8_t>(coding.beside, begin / kInt8Block), values, end - begin);
+    case Format::kMaster:
+      join_master(from<std::uint16_t>(coding.beside, begin), from<std::uint16_t>(coding.stored, begin), end - begin,
+                  values);
+      const auto position = [&](std::size_t element) { return static_cast<std::int64_t>(coding.position + element); };
+      const std::int32_t* const last = coding.ties + coding.tie_count;
+      for (auto tie = std::lower_bound(coding.ties, last, position(begin)); tie < last && *tie < position(end); ++tie) {
+        raise_tie(values[*tie - position(begin)]);
+      }
+  }
+}
+
+// Returns the index in the part of the first value that is below zero where it must not be; `end - begin` if none is.
+std::size_t encode_part(const Coding& coding, std::size_t begin, std::size_t end, std::uint64_t first,
+                        std::vector<std::int32_t>& ties) {
+  const float* const values = coding.values + begin;
+  const Rounding rounding{coding.key, first + begin};
+  switch (coding.format) {
+    case Format::kBf16:
+      encode_bf16(values, from<std::uint16_t>(coding.stored, begin), end - begin, rounding);
+      break;
+    case Format::kSigned8:
+    case Format::kNonNegative8:
+      return encode_int8(kind_of(coding.format), values, from<std::uint8_t>(coding.stored, begin),
+                         from<std::uint8_t>(coding.beside, begin / kInt8Block), end - begin, rounding);
+    case Format::kMaster:
+      split_master(values, from<std::uint16_t>(coding.beside, begin), from<std::uint16_t>(coding.stored, begin),
+                   end - begin, begin, ties);
+  }
+  return end - begin;
+}
+
+}  // namespace
+
+void decode(const std::vector<Coding>& codings, std::size_t count, unsigned threads) {
+  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
+    for (const Coding& coding : codings) decode_part(coding, begin, end);
+  });
+}
+
+Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads) {
+  std::mutex mutex;
+  Found found{codings.size(), count, {}};
+  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
+    std::vector<std::int32_t> ties;
+    for (std::size_t i = 0; i < codings.size(); ++i) {
+      const std::size_t negative = encode_part(codings[i], begin, end, first, ties);
+      if (negative == end - begin) continue;
+      const std::lock_guard lock(mutex);
+      if (std::pair(i, begin + negative) < std::pair(found.coding, found.negative)) {
+        found.coding = i;
+        found.negative = begin + negative;
+      }
+    }
+    if (ties.empty()) return;
+    const std::lock_guard lock(mutex);
+    // Before those of the parts behind this one.
+    const auto place = std::lower_bound(found.ties.begin(), found.ties.end(), ties.front());
+    found.ties.insert(place, ties.begin(), ties.end());
+  });
+  return found;
+}
+
+}  // namespace offload_opt

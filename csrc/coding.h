@@ -1,0 +1,45 @@
+// Several tensors of one run of elements, decoded or encoded together: one loop over the elements on all threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "codec.h"
+
+namespace offload_opt {
+
+enum class Format : std::uint8_t { kBf16, kSigned8, kNonNegative8, kMaster };
+
+// One of the tensors. Its fp32 `values`, and what is stored for them, by `format` (see codec.h):
+//   kBf16          stored: bf16
+//   kSigned8       stored: codes, beside: exponents
+//   kNonNegative8  the same
+//   kMaster        stored: remainders, beside: weights; with the `ties` of a longer run, ascending, in which this one
+//                  begins at `position`
+// `key`: for the rounding of what is rounded at random.
+struct Coding {
+  Format format;
+  float* values;
+  void* stored;
+  void* beside;
+  std::uint64_t key = 0;
+  const std::int32_t* ties = nullptr;
+  std::size_t tie_count = 0;
+  std::size_t position = 0;
+};
+
+// What has been found on the way: the coding with a value below zero where there must be none, the first of them, and
+// the index of the first one in there; `codings.size()` where there is none. And the ties of masters, in order.
+struct Found {
+  std::size_t coding;
+  std::size_t negative;
+  std::vector<std::int32_t> ties;
+};
+
+// Both have `count` elements in each tensor, and up to `threads` threads, see parallel.h: what is stored does not
+// depend on how many. `first` is the number of the run's first element in its parameter.
+void decode(const std::vector<Coding>& codings, std::size_t count, unsigned threads);
+Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads);
+
+}  // namespace offload_opt
