@@ -142,8 +142,8 @@ struct Minifloat {
 
   // Adding `base` to a smaller value moves its mantissa to where evenly spaced codes have it, and the bits go on from
   // there without a seam: so adding random bits and cutting off rounds without bias from zero to the top. Of a value
-  // x, that is x + base below base and 2 x above, so the greater one; back, of a place p, the lesser of p - base and
-  // p / 2. (Rounding the sums changes no order: 2 x and p / 2 are numbers of fp32. Twice is one exponent more.)
+  // x, that is x + base below base, and above it x with an exponent one higher; the greater one is right. Back, of a
+  // place p, it is the lesser one of p - base and p with an exponent one lower. (No sum's rounding changes which.)
   OFFLOAD_OPT_INLINE static std::uint8_t encode(std::uint32_t bits, std::uint32_t base, std::uint32_t random) {
     const std::uint32_t magnitude = bits & kMagnitude;
     const std::uint32_t even = bits_of(float_of(magnitude) + float_of(base));

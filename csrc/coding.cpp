@@ -1,6 +1,7 @@
 #include "coding.h"
 
 #include <algorithm>
+#include <exception>
 #include <mutex>
 #include <utility>
 
@@ -30,10 +31,11 @@ void decode_part(const Coding& coding, std::size_t begin, std::size_t end) {
     case Format::kMaster:
       join_master(from<std::uint16_t>(coding.beside, begin), from<std::uint16_t>(coding.stored, begin), end - begin,
                   values);
-      const auto position = [&](std::size_t element) { return static_cast<std::int64_t>(coding.position + element); };
+      const auto first = static_cast<std::int64_t>(coding.position + begin);
+      const auto count = static_cast<std::int64_t>(end - begin);
       const std::int32_t* const last = coding.ties + coding.tie_count;
-      for (auto tie = std::lower_bound(coding.ties, last, position(begin)); tie < last && *tie < position(end); ++tie) {
-        raise_tie(values[*tie - position(begin)]);
+      for (auto tie = std::lower_bound(coding.ties, last, first); tie < last && *tie - first < count; ++tie) {
+        if (*tie >= first) raise_tie(values[*tie - first]);  // so it is, if they are in order
       }
   }
 }
@@ -68,8 +70,9 @@ void decode(const std::vector<Coding>& codings, std::size_t count, unsigned thre
 
 Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads) {
   std::mutex mutex;
+  std::exception_ptr error;
   Found found{codings.size(), count, {}};
-  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
+  const auto part = [&](std::size_t begin, std::size_t end) {
     std::vector<std::int32_t> ties;
     for (std::size_t i = 0; i < codings.size(); ++i) {
       const std::size_t negative = encode_part(codings[i], begin, end, first, ties);
@@ -85,7 +88,16 @@ Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_
     // Before those of the parts behind this one.
     const auto place = std::lower_bound(found.ties.begin(), found.ties.end(), ties.front());
     found.ties.insert(place, ties.begin(), ties.end());
+  };
+  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
+    try {
+      part(begin, end);
+    } catch (...) {  // no memory for ties
+      const std::lock_guard lock(mutex);
+      error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
   return found;
 }
 

@@ -6,9 +6,10 @@ stored is the value: an average that moves by less than a step of the stored num
 numbers are counter-based: they depend on ``key`` and on an element's number alone. So the same step gives the same
 bytes however the state is cut, and again after a crash.
 
-Tensors on the CPU go through the native loops (csrc/codec.cpp) on torch's threads, as many as torch.set_num_threads
-allows; those on other devices through the ``reference_`` functions, which do the same in tensor operations, bit for
-bit. ``decode`` and ``encode`` take all tensors of a run at once: of a short run, waking the threads is what costs.
+Tensors on the CPU go through the native loops (csrc/codec.cpp, coding.cpp) on torch's threads, as many as
+torch.set_num_threads allows; those on other devices through the ``reference_`` functions, which do the same in tensor
+operations, bit for bit. ``decode`` and ``encode`` take all tensors of a run at once: of a short run, waking the threads
+is what costs.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Master:
         return ((".remainder", torch.int16, numel),)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Coding:
     """fp32 ``values`` of a run and what is ``stored`` for them, as ``codec.parts`` says.
 
@@ -150,56 +151,47 @@ class BelowZeroError(ValueError):
 def decode(codings: Sequence[Coding]) -> None:
     """Fill the ``values`` of each coding with what ``encode`` stored: a master bit for bit, but for NaNs.
 
-    The codings are of one length, below 2^31, on one device, and nothing overlaps. Raises TypeError for a dtype,
+    All is on one device, and nothing overlaps. Codings of one length share a loop. Raises TypeError for a dtype,
     ValueError for anything else that is not as said; nothing is touched then.
     """
-    numel, device = _check_codings(codings)
-    if device.type == "cpu":
-        _C.decode([_native(coding, 0) for coding in codings], numel, torch.get_num_threads())
-        return
-    for coding in codings:
-        if isinstance(coding.codec, Master):
-            assert coding.weight is not None
-            ties = _ties_from(coding, numel).to(device)
-            reference_join_master(coding.weight, coding.stored[0], ties, coding.values)
-        elif isinstance(coding.codec, Int8):
-            reference_decode_int8(coding.codec.is_signed, coding.stored[0], coding.stored[1], coding.values)
+    _check_codings(codings)
+    for indices, numel, device in _loops(codings):
+        if device.type == "cpu":
+            _C.decode([_native(codings[i], 0) for i in indices], numel, torch.get_num_threads())
         else:
-            reference_decode_bf16(coding.stored[0], coding.values)
+            for i in indices:
+                _reference_decode(codings[i], numel)
 
 
 def encode(codings: Sequence[Coding], keys: Sequence[int], first: int) -> torch.Tensor:
-    """Store the ``values`` of each coding, rounded by its key, and round a master to its weight.
+    """Store the ``values`` of each coding, rounded by its key, and round a master, of which there is one at most.
 
-    ``first`` is the number that the run's first element has in its parameter. Returns the ties of the masters: int32,
-    on the CPU, in ascending order, counted from the run's start. Raises as ``decode`` does and, with what is stored of
-    no use then, BelowZeroError.
+    ``first`` is the number that the run's first element has in its parameter. Returns the ties of the master: int32,
+    on the CPU, in ascending order, counted from the run's start. Raises as ``decode`` does and, with what is stored and
+    the weight of no use then, BelowZeroError.
     """
-    numel, device = _check_codings(codings)
+    _check_codings(codings)
     for key in keys:
         if not 0 <= key < 1 << 64:
             raise ValueError(f"key {key} is not an unsigned integer of 64 bits")
-    if not 0 <= first <= (1 << 63) - numel:
+    if len(keys) != len(codings):
+        raise ValueError(f"{len(keys)} keys for {len(codings)} tensors")
+    if not 0 <= first <= (1 << 63) - max((coding.values.numel() for coding in codings), default=0):
         raise ValueError(f"first is {first}")
-    pairs = list(zip(codings, keys, strict=True))
-    if device.type == "cpu":
-        jobs = [_native(coding, key) for coding, key in pairs]
-        index, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads())
-        if index < len(codings):
-            raise BelowZeroError(index, first + negative, float(codings[index].values[negative]))
-        return torch.frombuffer(bytearray(found), dtype=torch.int32) if found else _NO_TIES
     ties = _NO_TIES
-    for index, (coding, key) in enumerate(pairs):
-        values, stored = coding.values, coding.stored
-        if isinstance(coding.codec, Master):
-            assert coding.weight is not None
-            ties = reference_split_master(values, coding.weight, stored[0]).cpu()
-        elif isinstance(coding.codec, Int8):
-            negative = reference_encode_int8(coding.codec.is_signed, values, stored[0], stored[1], key, first)
-            if negative < numel:
-                raise BelowZeroError(index, first + negative, float(values[negative]))
+    for indices, numel, device in _loops(codings):
+        if device.type == "cpu":
+            jobs = [_native(codings[i], keys[i]) for i in indices]
+            failed, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads())
+            if failed < len(indices):
+                index = indices[failed]
+                raise BelowZeroError(index, first + negative, float(codings[index].values[negative]))
+            if found:
+                ties = torch.frombuffer(bytearray(found), dtype=torch.int32)
         else:
-            reference_encode_bf16(values, stored[0], key, first)
+            for i in indices:
+                found_there = _reference_encode(codings[i], keys[i], first, i)
+                ties = ties if found_there is None else found_there
     return ties
 
 
@@ -243,7 +235,15 @@ def rounding_key(step: int, parameter: int, state_name: str) -> int:
 
 # The numbers of csrc/coding.h's Format.
 _FORMATS: dict[StateCodec, int] = {Bf16(): 0, Int8(is_signed=True): 1, Int8(is_signed=False): 2, Master(): 3}
-_NO_TIES = torch.empty(0, dtype=torch.int32)
+_NO_TIES = torch.empty(0, dtype=torch.int32, device="cpu")
+
+
+def _loops(codings: Sequence[Coding]) -> list[tuple[list[int], int, torch.device]]:
+    """The positions of codings of one length, their length and device: one group but for parameters updated whole."""
+    groups: dict[int, list[int]] = {}
+    for index, coding in enumerate(codings):
+        groups.setdefault(coding.values.numel(), []).append(index)
+    return [(indices, numel, codings[0].values.device) for numel, indices in groups.items()]
 
 
 def _native(coding: Coding, key: int) -> tuple[int, int, int, int, int, int, int, int]:
@@ -255,12 +255,31 @@ def _native(coding: Coding, key: int) -> tuple[int, int, int, int, int, int, int
     return (_FORMATS[coding.codec], *pointers, key, tie_pointer, tie_count, coding.position)
 
 
-def _ties_from(coding: Coding, numel: int) -> torch.Tensor:
-    """The ties of the run itself, counted from its start."""
-    if coding.ties is None:
-        return _NO_TIES
-    ties = coding.ties - coding.position
-    return ties[(ties >= 0) & (ties < numel)]
+def _reference_decode(coding: Coding, numel: int) -> None:
+    if isinstance(coding.codec, Master):
+        assert coding.weight is not None
+        ties = _NO_TIES if coding.ties is None else coding.ties - coding.position
+        ties = ties[(ties >= 0) & (ties < numel)].to(coding.values.device)
+        reference_join_master(coding.weight, coding.stored[0], ties, coding.values)
+    elif isinstance(coding.codec, Int8):
+        reference_decode_int8(coding.codec.is_signed, coding.stored[0], coding.stored[1], coding.values)
+    else:
+        reference_decode_bf16(coding.stored[0], coding.values)
+
+
+def _reference_encode(coding: Coding, key: int, first: int, index: int) -> torch.Tensor | None:
+    """Returns the ties of a master."""
+    values, stored = coding.values, coding.stored
+    if isinstance(coding.codec, Master):
+        assert coding.weight is not None
+        return reference_split_master(values, coding.weight, stored[0]).cpu()
+    if isinstance(coding.codec, Int8):
+        negative = reference_encode_int8(coding.codec.is_signed, values, stored[0], stored[1], key, first)
+        if negative < values.numel():
+            raise BelowZeroError(index, first + negative, float(values[negative]))
+    else:
+        reference_encode_bf16(values, stored[0], key, first)
+    return None
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, numel: int) -> None:
@@ -276,26 +295,34 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.de
     raise ValueError(f"{name} has {shape[0]} elements, not {numel}")
 
 
-def _check_codings(codings: Sequence[Coding]) -> tuple[int, torch.device]:
-    """Returns the number of elements, and the device."""
-    values = codings[0].values
-    numel, device = values.numel(), values.device
-    if numel >= 1 << 31:
-        raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
+def _check_codings(codings: Sequence[Coding]) -> None:
+    masters = 0
     for coding in codings:
-        _check("values", coding.values, torch.float32, device, numel)
+        values = coding.values
+        numel, device = values.numel(), codings[0].values.device
+        _check("values", values, torch.float32, device, numel)
         parts = coding.codec.parts(numel)
         if len(coding.stored) != len(parts):
             raise ValueError(f"{len(coding.stored)} stored tensors, not {len(parts)}")
         for (suffix, dtype, count), tensor in zip(parts, coding.stored, strict=True):
             _check("stored" + suffix, tensor, dtype, device, count)
-        if coding.weight is not None:
-            _check("weight", coding.weight, torch.bfloat16, device, numel)
-        elif isinstance(coding.codec, Master):
-            raise ValueError("a master has a weight")
-        if coding.ties is not None:
-            _check("ties", coding.ties, torch.int32, _NO_TIES.device, coding.ties.numel())
-    return numel, device
+        if isinstance(coding.codec, Master):
+            masters += 1
+            _check_master(coding, numel, device)
+        elif coding.weight is not None:
+            raise ValueError(f"a weight, which {coding.codec.name} has no use for")
+    if masters > 1:
+        raise ValueError(f"{masters} masters in one run")
+
+
+def _check_master(coding: Coding, numel: int, device: torch.device) -> None:
+    if numel >= 1 << 31:
+        raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
+    if coding.weight is None:
+        raise ValueError("a master has a weight")
+    _check("weight", coding.weight, torch.bfloat16, device, numel)
+    if coding.ties is not None:
+        _check("ties", coding.ties, torch.int32, _NO_TIES.device, coding.ties.numel())
 
 
 # The same in tensor operations. Unsigned 32-bit numbers are held in int64.

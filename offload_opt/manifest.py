@@ -154,7 +154,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise StoreError(f"names parameter {record.parameter}, which is not there")
         owner = self.parameters[record.parameter]
         run = [record.start, *record.cuts[1:-1], record.stop]
-        if record.cuts != run or any(a >= b for a, b in itertools.pairwise(run)):
+        is_wrong = record.cuts != run or any(a >= b for a, b in itertools.pairwise(run))
+        if is_wrong or (record.is_whole and len(run) > 2):
             raise StoreError(f"has a piece of {owner.name} with cuts that do not fit it")
         tensors = tuple(state_tensor(tensor) for tensor in record.tensors)
         if any(not _lies_in(tensor, unit.nbytes) for tensor in tensors):

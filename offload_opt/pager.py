@@ -209,11 +209,12 @@ class ParameterPager:
         result = torch.empty_strided(whole.spec.shape, whole.spec.stride, dtype=whole.spec.dtype)
         for unit, piece in entry.pieces:
             tensor = next(tensor for tensor in piece.tensors if tensor.name == name)
-            part = flat(result) if piece.is_whole else flat(result)[piece.start : piece.stop]
+            run = slice(None) if piece.is_whole else slice(piece.start, piece.stop)
+            weight = None if whole.weight is None else whole.weight[run]
             stored = [torch.empty(each.numel, dtype=each.dtype) for each in tensor.stored]
             for each, into in zip(tensor.stored, stored, strict=True):
                 self._manager.read_tensor(unit, each, into)
-            decode_run(piece, tensor, stored, piece.start, whole.weight, part)
+            decode_run(piece, tensor, stored, piece.start, weight, flat(result)[run])
         return result
 
     def whole_tensors(self) -> dict[Key, list[WholeTensor]]:

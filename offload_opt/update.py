@@ -198,10 +198,11 @@ class UnitUpdate:
     def _cast(self, grad: torch.Tensor, own: torch.Tensor, casts: list[Coding]) -> torch.Tensor:
         """The gradient in fp32, laid out as ``own`` where that has no gaps; once ``casts`` are decoded, if there are.
 
-        bf16 is what a codec of this name decodes, in one loop with the state.
+        On the CPU bf16 is decoded as by the codec of this name, in one loop with the state.
         """
         cast = self._scratch.take(own.numel(), own.device)
-        if grad.dtype == torch.bfloat16 and grad.dim() == 1 and grad.is_contiguous():
+        on_cpu = grad.device.type == "cpu"
+        if on_cpu and grad.dtype == torch.bfloat16 and grad.dim() == 1 and grad.is_contiguous():
             casts.append(Coding(_BF16, [grad], cast))
             return cast
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)

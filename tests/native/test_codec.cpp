@@ -3,7 +3,7 @@
 #include <memory>
 #include <vector>
 
-#include "codec.h"
+#include "coding.h"
 #include "support.h"
 
 namespace offload_opt {
@@ -31,6 +31,35 @@ void round_trip(Int8Kind kind, const float* values, std::size_t count, Rounding 
   for (std::size_t i = 0; i < count; ++i) CHECK(exponents[i / kInt8Block] != kInt8NotFinite || back[i] != back[i]);
 }
 
+// All formats in one run, cut out of a longer one: the ties are those of the longer one.
+void together(std::mt19937_64& random, std::size_t count, Rounding rounding) {
+  const std::size_t blocks = (count + kInt8Block - 1) / kInt8Block;
+  const auto values = exactly<float>(count), back = exactly<float>(count), master = exactly<float>(count);
+  const auto half = exactly<std::uint16_t>(count), weight = exactly<std::uint16_t>(count);
+  const auto remainder = exactly<std::uint16_t>(count);
+  const auto codes = exactly<std::uint8_t>(count), exponents = exactly<std::uint8_t>(blocks);
+  for (std::size_t i = 0; i < count; ++i) {
+    values[i] = static_cast<float>(random() >> 40);
+    master[i] = std::bit_cast<float>(random() % 3 == 0 ? 0x3F808000U : 0x3F801234U);
+  }
+  std::vector<Coding> codings{{Format::kBf16, values.get(), half.get(), nullptr, rounding.key},
+                              {Format::kNonNegative8, values.get(), codes.get(), exponents.get(), rounding.key},
+                              {Format::kMaster, master.get(), remainder.get(), weight.get()}};
+  const Found found = encode(codings, count, rounding.first, 4);
+  CHECK(found.coding == codings.size());
+
+  std::vector<std::int32_t> longer{0, 4};  // those before and after it are not its own
+  for (const std::int32_t tie : found.ties) longer.push_back(tie + 5);
+  longer.push_back(static_cast<std::int32_t>(count) + 5);
+  Coding& joined = codings.back();
+  joined.ties = longer.data();
+  joined.tie_count = longer.size();
+  joined.position = 5;
+  joined.values = back.get();
+  decode(codings, count, 4);
+  for (std::size_t i = 0; i < count; ++i) CHECK(back[i] == master[i]);
+}
+
 }  // namespace
 
 void check_codecs(std::uint64_t seed) {
@@ -48,6 +77,8 @@ void check_codecs(std::uint64_t seed) {
     decode_bf16(weight.get(), back.get(), count);
     round_trip(Int8Kind::kSigned, values.get(), count, rounding);
     round_trip(Int8Kind::kNonNegative, values.get(), count, rounding);
+
+    together(random, count, rounding);
 
     std::vector<std::int32_t> ties;
     split_master(values.get(), weight.get(), remainder.get(), count, 7, ties);

@@ -241,6 +241,33 @@ def test_rounded_state_is_near_the_exact_one(store: Path, state_dtype: str, most
         assert (state["state"][index]["exp_avg_sq"] > 0).all()
 
 
+@pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_of_other_lengths_than_its_parameter_is_rounded(
+    store: Path, state_dtype: str, dtype: torch.dtype
+) -> None:
+    """Adafactor keeps one value for each row, and one for each column."""
+    start = torch.randn(300, 257).to(dtype)
+    fields: dict[str, Any] = {"host_memory": "3MiB", "master_weights": dtype != torch.float32}
+    exact, coarse = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    (store / "exact").mkdir()
+    (store / "coarse").mkdir()
+    with (
+        OffloadOptimizer(O.Adafactor([exact]), store / "exact", **fields) as one,
+        OffloadOptimizer(O.Adafactor([coarse]), store / "coarse", state_dtype=state_dtype, **fields) as other,
+    ):
+        for _ in range(4):
+            exact.grad = torch.randn_like(exact)
+            coarse.grad = exact.grad.clone()
+            one.step()
+            other.step()
+        for name in ("row_var", "col_var"):
+            expected, actual = one.state[exact][name], other.state[coarse][name]
+            assert not torch.equal(expected, actual)
+            assert torch.allclose(expected, actual, rtol=0.15), f"{name}, seed {seed()}"
+    assert torch.allclose(exact.detach().float(), coarse.detach().float(), atol=0.05)
+
+
 @pytest.mark.parametrize(("state_dtype", "bytes_each"), [("exact", 10), ("bf16", 6), ("int8", 4 + 2 / 128)])
 def test_bytes_for_a_parameter(store: Path, state_dtype: str, bytes_each: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1 << 20, dtype=torch.bfloat16))
@@ -315,3 +342,14 @@ def test_what_cannot_be_rounded_is_refused(store: Path) -> None:
         with pytest.raises(ConfigError, match=problem):
             OffloadOptimizer(optimizer, store, **fields)
     assert list(store.iterdir()) == []
+
+
+def test_a_master_in_several_units_is_read(store: Path) -> None:
+    parameter = torch.nn.Parameter(torch.randn(100_000).bfloat16())
+    with OffloadOptimizer(O.AdamW([parameter]), store, host_memory=HOST_MEMORY, master_weights=True) as optimizer:
+        for _ in range(2):
+            parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        master = optimizer.state[parameter]["master"]
+        assert bits_equal(master, optimizer.state_dict()["state"][0]["master"])
+        assert bits_equal(master.bfloat16(), parameter.detach())

@@ -11,6 +11,7 @@ import torch
 
 from offload_opt import ConfigError, codecs
 from offload_opt.codecs import BLOCK, NOT_FINITE, BelowZeroError, Bf16, Coding, Int8, Master, StateCodec, rounding_key
+from tests import scripts
 from tests.conftest import seed
 
 ALL: list[StateCodec] = [Bf16(), Int8(is_signed=True), Int8(is_signed=False)]
@@ -490,7 +491,40 @@ def test_ties_of_a_longer_run_are_found_from_its_position_on() -> None:
         assert same(out, master[begin:end]), f"seed {seed()}"
 
 
+def test_the_default_device_does_not_matter() -> None:
+    code = """
+        import torch
+        torch.set_default_device("meta")
+        from offload_opt import codecs
+        with torch.device("cpu"):
+            master, weight = torch.full((64,), 1.0 + 2.0**-8), torch.zeros(64, dtype=torch.bfloat16)
+            remainder, back = torch.zeros(64, dtype=torch.int16), torch.zeros(64)
+        ties = codecs.encode([codecs.Coding(codecs.Master(), [remainder], master, weight)], [0], 0)
+        codecs.decode([codecs.Coding(codecs.Master(), [remainder], back, weight, ties)])
+        assert torch.equal(back, master)
+    """
+    scripts.run_well(code)
+
+
 # All tensors of a run at once.
+
+
+def test_tensors_of_several_lengths_are_as_each_alone() -> None:
+    values = [torch.randn(300), torch.rand(257), torch.randn(300)]
+    kinds: list[StateCodec] = [Int8(True), Int8(False), Bf16()]
+    codings = [Coding(codec, storage(codec, len(v)), v) for codec, v in zip(kinds, values, strict=True)]
+    codecs.encode(codings, [1, 2, 3], 0)
+    for coding, key in zip(codings, [1, 2, 3], strict=True):
+        alone = encoded(coding.codec, coding.values, key)
+        assert all(same(a, b) for a, b in zip(alone, coding.stored, strict=True))
+    back = [Coding(coding.codec, coding.stored, torch.empty_like(coding.values)) for coding in codings]
+    codecs.decode(back)
+    for coding in back:
+        assert same(coding.values, decoded(coding.codec, list(coding.stored), coding.values.numel()))
+    values[1][200] = -1.0
+    with pytest.raises(BelowZeroError, match="element 200") as caught:
+        codecs.encode(codings, [1, 2, 3], 0)
+    assert caught.value.index == 1
 
 
 @pytest.mark.parametrize("numel", LENGTHS)
@@ -577,6 +611,12 @@ def test_split_master_refuses_wrong_arguments() -> None:
         join_master(good[1], good[2], torch.zeros(1, dtype=torch.int64), good[0])
     with pytest.raises(ValueError, match="a master has a weight"):
         codecs.decode([Coding(Master(), [good[2]], good[0])])
+    with pytest.raises(ValueError, match="2 masters"):
+        codecs.decode([Coding(Master(), [good[2]], good[0], good[1])] * 2)
+    with pytest.raises(ValueError, match="a weight, which bf16 has no use for"):
+        codecs.decode([Coding(Bf16(), [good[1]], good[0], good[1])])
+    with pytest.raises(ValueError, match="1 keys for 2 tensors"):
+        codecs.encode([Coding(Bf16(), [good[1].clone()], good[0]) for _ in range(2)], [1], 0)
 
 
 # Choosing.

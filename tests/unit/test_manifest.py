@@ -474,6 +474,7 @@ REFUSED = [
         (changed("units", 0, "pieces", 0, "cuts", to=cuts), "cuts that do not fit it")
         for cuts in ([], [0], [0, 63], [1, 64], [0, 64, 64], [0, 70, 64], [0, 40, 30, 64])
     ],
+    (changed("units", 1, "pieces", 1, "cuts", to=[0, 3, 6]), "cuts that do not fit it"),
     (changed("units", 0, "pieces", 0, "resident", to={"step": {"$evil": 1}}), "unknown kind: '\\$evil'"),
     (without_first_piece, "elements of a are missing or there twice"),
     (from_next_element, "elements of a are missing or there twice"),
