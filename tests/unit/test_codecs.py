@@ -549,6 +549,28 @@ def test_tensors_together_are_as_each_alone(numel: int, threads: int) -> None:
     assert same(back[3].values, values[3])
 
 
+def test_what_runs_on_other_devices_gives_the_same_bytes() -> None:
+    numel, (key, first) = 1000, numbers()
+    for codec in (Bf16(), Int8(True), Int8(False), Master()):
+        values = suited(codec, torch.randn(numel))
+        values[::7] = 1.0 + 2.0**-8
+        weights = [torch.zeros(numel, dtype=torch.bfloat16) if codec == Master() else None for _ in "ab"]
+        ours, theirs = (Coding(codec, storage(codec, numel), values, weight) for weight in weights)
+        ties = codecs.encode([ours], [key], first)
+        found = codecs._reference_encode(theirs, key, first, 0)
+        assert found is None or torch.equal(found, ties)
+        assert all(same(a, b) for a, b in zip(ours.stored, theirs.stored, strict=True)), f"seed {seed()}"
+        longer = torch.cat([torch.tensor([0, 3], dtype=torch.int32), ties + 5, torch.tensor([numel + 5])]).int()
+        for coding, reference in ((ours, False), (theirs, True)):
+            coding.values, coding.position = torch.empty(numel), 5
+            coding.ties = longer if codec == Master() else None
+            codecs._reference_decode(coding, numel) if reference else codecs.decode([coding])
+        assert same(ours.values, theirs.values), f"seed {seed()}"
+    with pytest.raises(BelowZeroError, match="element 3 is -1") as caught:
+        codecs._reference_encode(Coding(Int8(False), storage(Int8(False), 5), torch.arange(2.0, -3, -1)), 1, 0, 4)
+    assert caught.value.index == 4
+
+
 def test_the_tensor_with_a_value_below_zero_is_told(threads: int) -> None:
     bad = torch.rand(1 << 17)
     bad[100_000] = bad[70_000] = -1.0
