@@ -172,7 +172,9 @@ class UnitUpdate:
         if piece.master is not None:
             loaded.weight = own.detach()
             cast = self._cast(grad, own, casts)
-        weight = flat(loaded.weight) if loaded.weight is not None and piece.is_whole else loaded.weight
+        weight = loaded.weight
+        if weight is not None and piece.is_whole and chunk.coded:
+            weight = flat(weight)
         for tensor, run in chunk.coded:
             values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, own.device)
             loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import optim as O
 
-from offload_opt import ConfigError, OffloadOptimizer
+from offload_opt import ConfigError, OffloadError, OffloadOptimizer, StepFailedError
 from tests.conftest import seed
 from tests.optim.support import HOST_MEMORY, assert_same_state, bits_equal
 
@@ -266,6 +266,40 @@ def test_state_of_other_lengths_than_its_parameter_is_rounded(
             assert not torch.equal(expected, actual)
             assert torch.allclose(expected, actual, rtol=0.15), f"{name}, seed {seed()}"
     assert torch.allclose(exact.detach().float(), coarse.detach().float(), atol=0.05)
+
+
+class GradientAsVariance(O.Optimizer):
+    """Keeps the last gradient under a name whose state is never below zero."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["exp_avg_sq"] = parameter.grad.clone()
+
+
+@pytest.mark.parametrize("numel", [100, 50_000], ids=["whole", "in several units"])
+def test_state_that_a_codec_cannot_hold_is_named(store: Path, numel: int) -> None:
+    OffloadOptimizer.register(GradientAsVariance, "elementwise")
+    parameter = torch.nn.Parameter(torch.ones(numel))
+    with OffloadOptimizer(
+        GradientAsVariance([("layer", parameter)]), store, state_dtype="int8", host_memory="48KiB"
+    ) as optimizer:
+        parameter.grad = torch.ones(numel)
+        optimizer.step()
+        parameter.grad[70] = -1.0
+        with pytest.raises(OffloadError, match=r"exp_avg_sq of .* cannot be stored as int8: element 70 is -1"):
+            optimizer.step()
+        with pytest.raises(StepFailedError):
+            optimizer.step()
+    taken = {"state": {0: {"exp_avg_sq": -torch.ones(numel)}}, "param_groups": [{"params": [0]}]}
+    with (
+        OffloadOptimizer(GradientAsVariance([parameter]), store, state_dtype="int8", discard=True) as optimizer,
+        pytest.raises(OffloadError, match=r"exp_avg_sq of .* cannot be stored as int8: element 0 is -1"),
+    ):
+        optimizer.load_state_dict(taken)
 
 
 @pytest.mark.parametrize(("state_dtype", "bytes_each"), [("exact", 10), ("bf16", 6), ("int8", 4 + 2 / 128)])
