@@ -18,7 +18,12 @@ from offload_opt import _C
 
 # Their assertions explain themselves, and hold under `python -O` too.
 pytest.register_assert_rewrite(
-    "tests.aio.support", "tests.crash.power_loss", "tests.crash.zygote", "tests.optim.support", "tests.scripts"
+    "tests.aio.support",
+    "tests.crash.power_loss",
+    "tests.crash.zygote",
+    "tests.optim.support",
+    "tests.scripts",
+    "tests.unit.codec_values",
 )
 
 if TYPE_CHECKING:

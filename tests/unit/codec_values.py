@@ -95,7 +95,8 @@ SOURCES: dict[str, Callable[[int], torch.Tensor]] = {
 def reference_encoded(codec: StateCodec, values: torch.Tensor, key: int, first: int) -> list[torch.Tensor]:
     stored = storage(codec, values.numel())
     if isinstance(codec, Int8):
-        assert codecs.reference_encode_int8(codec.is_signed, values, *stored, key, first) == values.numel()
+        negative = codecs.reference_encode_int8(codec.is_signed, values, *stored, key, first)
+        assert negative == values.numel()
     else:
         codecs.reference_encode_bf16(values, *stored, key, first)
     return stored
