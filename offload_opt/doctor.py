@@ -27,6 +27,7 @@ import torch
 from . import aio
 from .aio import AioHandle, engines
 from .buffers import MAX_BUFFERS
+from .codecs import thread_count
 from .config import AioConfig, OffloadConfig, format_bytes
 from .drives import Drive, Mount, find_drives, find_mount, read_text
 from .errors import ConfigError
@@ -75,6 +76,7 @@ def examine_machine(root: str | os.PathLike[str] = "/") -> list[Finding]:
         aio_events(root),
         locked_memory(root),
         open_files(),
+        threads(),
         memory(root),
         huge_pages(root),
         gpu(root),
@@ -224,6 +226,16 @@ def open_files() -> Finding:
             'raise it: "* - nofile 4096" in /etc/security/limits.conf and a new login, LimitNOFILE=4096 in a service'
         )
     return Finding("open files", "warn", f"at most {soft:.0f}; transfers alone may take {MAX_BUFFERS}", advice)
+
+
+def threads() -> Finding:
+    """The threads of an update, and whether the codecs of state share them."""
+    count = torch.get_num_threads()
+    if thread_count() < count:
+        found = f"torch has {count} for its operations, but the codecs of state run on one: no OpenMP library is found"
+        advice = "for state_dtype or master_weights, use a build of torch whose OpenMP is GNU's, LLVM's or Intel's"
+        return Finding("threads", "warn", found, advice)
+    return Finding("threads", "ok", f"{count}, of torch's OpenMP: for the update and for the codecs of state")
 
 
 def memory(root: str | os.PathLike[str] = "/") -> Finding:

@@ -180,6 +180,15 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, statu
     check(doctor.open_files(), status, advice=advice)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(count)
+    if "OpenMP not found" not in torch.__config__.parallel_info():
+        check(doctor.threads(), "ok", f"{count}, ")
+    monkeypatch.setattr(doctor, "thread_count", lambda: 1)
+    check(doctor.threads(), "ok" if count == 1 else "warn", advice="" if count == 1 else "OpenMP")
+
+
 MEMINFO = "MemTotal:       33554432 kB\nMemFree:         1 kB\nMemAvailable:   16777216 kB\nHugePages_Total:       0"
 
 
