@@ -52,13 +52,13 @@ IoError called_off(const IoError& cause) {
                  cause.path);
 }
 
-OperationPtr open_operation(TransferSpec spec, OpenFiles& files, bool registered) {
+OperationPtr open_operation(TransferSpec spec, std::uint64_t number, OpenFiles& files, bool registered) {
   constexpr auto kMaxOffset = static_cast<std::uint64_t>(INT64_MAX);
   if (spec.offset > kMaxOffset || spec.length > kMaxOffset - spec.offset) {
     throw std::invalid_argument(std::to_string(spec.length) + " bytes at offset " + std::to_string(spec.offset) +
                                 " reach beyond any file's end");
   }
-  auto operation = std::make_shared<Operation>(std::move(spec));
+  auto operation = std::make_shared<Operation>(std::move(spec), number);
   const TransferSpec& opened = operation->spec;
   operation->file = files.open(opened.path, opened.fd, opened.direction);
   if (opened.validate) operation->validation_file = files.open(opened.path, opened.fd, Direction::kRead);
@@ -224,6 +224,7 @@ struct AioHandle::Impl {
   const HandleConfig config;
   const EngineFactory make_engine;
   const pid_t owner;
+  std::atomic<std::uint64_t> submitted{0};  // operations
 
   std::mutex mutex;  // guards what follows, and the fields of Operation that say so
   std::condition_variable ended_cv;
@@ -337,7 +338,7 @@ AioHandle::~AioHandle() {
 
 OperationPtr AioHandle::submit(TransferSpec spec) {
   impl_->check_usable();
-  auto operation = open_operation(std::move(spec), impl_->files, impl_->config.registered);
+  auto operation = open_operation(std::move(spec), impl_->submitted++, impl_->files, impl_->config.registered);
   // Behind other operations the file's end may still move, so a read's bounds are checked when it starts.
   operation->deferred = !operation->spec.after.empty();
   if (!operation->deferred) check_end(*operation);
@@ -362,7 +363,7 @@ OperationPtr AioHandle::submit(TransferSpec spec) {
 std::uint64_t AioHandle::run(TransferSpec spec) {
   impl_->check_usable();
   spec.counted = false;
-  auto operation = open_operation(std::move(spec), impl_->files, impl_->config.registered);
+  auto operation = open_operation(std::move(spec), impl_->submitted++, impl_->files, impl_->config.registered);
   check_end(*operation);
   {
     std::lock_guard lock(impl_->mutex);

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <thread>
 
 namespace offload_opt {
@@ -31,6 +32,12 @@ BlockPump::BlockPump(const HandleConfig& config, std::unique_ptr<IoEngine> engin
   blocks_.resize(depth);
   completions_.resize(depth);
   for (unsigned slot = depth; slot > 0; --slot) free_.push_back(slot - 1);
+}
+
+void BlockPump::add(Span span) {
+  auto behind = spans_.end();
+  while (behind != spans_.begin() && std::prev(behind)->operation->number > span.operation->number) --behind;
+  spans_.insert(behind, std::move(span));
 }
 
 void BlockPump::turn() {

@@ -20,7 +20,7 @@ namespace offload_opt {
 // the last span ends the operation.
 class Operation {
  public:
-  explicit Operation(TransferSpec transfer) : spec(std::move(transfer)) {}
+  Operation(TransferSpec transfer, std::uint64_t place) : spec(std::move(transfer)), number(place) {}
 
   // The first failure wins; later blocks of a failed operation are not started. Any thread.
   void fail(IoError error);
@@ -29,6 +29,7 @@ class Operation {
   const IoError& error() const { return *error_; }
 
   TransferSpec spec;
+  const std::uint64_t number;                  // of its handle's operations, in the order of their submission
   std::shared_ptr<const MemoryRegion> region;  // that the memory lies in, or null
   std::shared_ptr<IoFile> file;                // let go of when the operation ends
   std::shared_ptr<IoFile> validation_file;     // to read back from; null without spec.validate
@@ -62,7 +63,9 @@ class BlockPump {
   // `span_ended` is called on the pump's thread when the last block of a span has ended, well or not.
   BlockPump(const HandleConfig& config, std::unique_ptr<IoEngine> engine, SpanEnded span_ended);
 
-  void add(Span span) { spans_.push_back(std::move(span)); }
+  // The span takes its operation's place in the order of submission. So one that had to wait for others goes before
+  // what was submitted after it: its caller wants it first.
+  void add(Span span);
   bool idle() const { return spans_.empty(); }
   // Fills the queue, then waits for completions and handles them. Does nothing when idle.
   void turn();
@@ -90,7 +93,7 @@ class BlockPump {
   const HandleConfig config_;
   std::unique_ptr<IoEngine> engine_;
   SpanEnded span_ended_;
-  std::list<Span> spans_;         // in order of arrival; a span leaves when its last block has ended
+  std::list<Span> spans_;         // by the numbers of their operations; a span leaves when its last block has ended
   std::vector<Block> blocks_;     // one a slot of the queue; a request's tag is its slot
   std::vector<unsigned> free_;    // slots without a block
   std::vector<unsigned> resend_;  // slots whose block is to be sent again

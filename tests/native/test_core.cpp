@@ -376,20 +376,27 @@ void pending_work_at_the_end(const EngineEntry& engine) {
   CHECK(finish(handle, written) == bytes.size());
 }
 
-// An engine whose completions are not told as long as `stuck` is set.
+// An engine of just this depth whose completions are not told as long as `stuck` is set.
 class StuckEngine final : public IoEngine {
  public:
-  StuckEngine(std::unique_ptr<IoEngine> inner, const std::atomic<bool>& stuck)
-      : inner_(std::move(inner)), stuck_(stuck) {}
-  unsigned submit(std::span<const IoRequest> requests) override { return inner_->submit(requests); }
+  StuckEngine(const EngineEntry& engine, unsigned depth, const std::atomic<bool>& stuck)
+      : inner_(engine.make(depth)), depth_(depth), stuck_(stuck) {}
+  unsigned submit(std::span<const IoRequest> requests) override {
+    const unsigned taken = inner_->submit(requests);
+    for (const IoRequest& request : requests.first(taken)) offsets.push_back(request.offset);
+    return taken;
+  }
   unsigned reap(unsigned min, std::span<IoCompletion> completions) override {
     while (stuck_) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     return inner_->reap(min, completions);
   }
-  EngineCapabilities capabilities() const override { return inner_->capabilities(); }
+  EngineCapabilities capabilities() const override { return {depth_}; }
+
+  std::vector<std::uint64_t> offsets;  // of the requests, in their order; the handle's thread writes it
 
  private:
   std::unique_ptr<IoEngine> inner_;
+  const unsigned depth_;
   const std::atomic<bool>& stuck_;
 };
 
@@ -405,7 +412,7 @@ void a_stuck_device(const EngineEntry& engine) {
   int made = 0;
   const auto first_one_stuck = [&](unsigned depth) -> std::unique_ptr<IoEngine> {
     if (made++ > 0) return engine.make(depth);
-    return std::make_unique<StuckEngine>(engine.make(depth), stuck);
+    return std::make_unique<StuckEngine>(engine, depth, stuck);
   };
   {
     AioHandle handle({}, first_one_stuck);
@@ -422,6 +429,32 @@ void a_stuck_device(const EngineEntry& engine) {
     CHECK(finish(handle, held) == bytes.size());
   }
   fs::remove_all(other);
+}
+
+// What has waited for an operation goes before what was submitted after it, and is not started earlier.
+void order_of_submission(const EngineEntry& engine) {
+  constexpr std::uint64_t kBlock = 4096;
+  const fs::path path = folder / "order";
+  Bytes bytes(kBlock, 'x');
+  std::atomic<bool> stuck{true};
+  StuckEngine* log = nullptr;
+  AioHandle handle({.block_size = kBlock, .queue_depth = 1}, [&](unsigned depth) {
+    auto made = std::make_unique<StuckEngine>(engine, depth, stuck);
+    log = made.get();
+    return made;
+  });
+  const auto write = [&](std::uint64_t block, std::vector<OperationPtr> after) {
+    TransferSpec transfer = spec(Direction::kWrite, bytes.data(), kBlock, block * kBlock, path);
+    transfer.after = std::move(after);
+    return handle.submit(std::move(transfer));
+  };
+  const OperationPtr first = write(0, {});
+  const OperationPtr second = write(1, {first});
+  const OperationPtr third = write(2, {second});
+  const OperationPtr independent = write(3, {});
+  stuck = false;
+  for (const OperationPtr& operation : {first, second, third, independent}) finish(handle, operation);
+  CHECK(log->offsets == (std::vector<std::uint64_t>{0, kBlock, 2 * kBlock, 3 * kBlock}));
 }
 
 // Every test on every engine. Returns whether all have passed.
@@ -441,6 +474,7 @@ bool run_tests() {
       {"many_files_at_once", many_files_at_once},
       {"pending_work_at_the_end", pending_work_at_the_end},
       {"a_stuck_device", a_stuck_device},
+      {"order_of_submission", order_of_submission},
   };
   int passed = 0;
   int failed = 0;
