@@ -124,20 +124,58 @@ class Master:
         return ((".remainder", torch.int16, numel),)
 
 
-@dataclasses.dataclass(eq=False)
 class Coding:
     """fp32 ``values`` of a run and what is ``stored`` for them, as ``codec.parts`` says.
 
     A Master has the ``weight`` beside; to be decoded, it has the ``ties``, int32 and ascending, of a longer run on the
-    CPU, in which this one begins at ``position``; None is none. Everything is 1-D and contiguous.
+    CPU, in which this one begins at ``position``; None is none. Everything is 1-D and contiguous, and stays as it is.
+
+    Raises TypeError for a dtype, ValueError for anything else that is not as said.
     """
 
-    codec: StateCodec
-    stored: Sequence[torch.Tensor]
-    values: torch.Tensor
-    weight: torch.Tensor | None = None
-    ties: torch.Tensor | None = None
-    position: int = 0
+    __slots__ = ("_addresses", "_ties_address", "codec", "numel", "position", "stored", "ties", "values", "weight")
+
+    def __init__(
+        self,
+        codec: StateCodec,
+        stored: Sequence[torch.Tensor],
+        values: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        ties: torch.Tensor | None = None,
+        position: int = 0,
+    ) -> None:
+        self.codec, self.stored, self.values, self.weight = codec, stored, values, weight
+        self.ties, self.position = ties, position
+        self.numel = values.numel()
+        self._check()
+        # Taken once: a run is decoded, updated and encoded.
+        beside = stored[-1] if weight is None else weight
+        self._addresses = _FORMATS[codec], values.data_ptr(), stored[0].data_ptr(), beside.data_ptr()
+        self._ties_address = (0, 0) if ties is None else (ties.data_ptr(), ties.numel())
+
+    def native(self, key: int) -> tuple[int, int, int, int, int, int, int, int]:
+        """The tuple of csrc/bindings.cpp. Of tensors on the CPU."""
+        return (*self._addresses, key, *self._ties_address, self.position)
+
+    def _check(self) -> None:
+        numel, device = self.numel, self.values.device
+        _check("values", self.values, torch.float32, device, numel)
+        parts = self.codec.parts(numel)
+        if len(self.stored) != len(parts):
+            raise ValueError(f"{len(self.stored)} stored tensors, not {len(parts)}")
+        for (suffix, dtype, count), tensor in zip(parts, self.stored, strict=True):
+            _check("stored" + suffix, tensor, dtype, device, count)
+        if not isinstance(self.codec, Master):
+            if self.weight is not None:
+                raise ValueError(f"a weight, which {self.codec.name} has no use for")
+            return
+        if numel >= 1 << 31:
+            raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
+        if self.weight is None:
+            raise ValueError("a master has a weight")
+        _check("weight", self.weight, torch.bfloat16, device, numel)
+        if self.ties is not None:
+            _check("ties", self.ties, torch.int32, _NO_TIES.device, self.ties.numel())
 
 
 class BelowZeroError(ValueError):
@@ -151,13 +189,12 @@ class BelowZeroError(ValueError):
 def decode(codings: Sequence[Coding]) -> None:
     """Fill the ``values`` of each coding with what ``encode`` stored: a master bit for bit, but for NaNs.
 
-    All is on one device, and nothing overlaps. Codings of one length share a loop. Raises TypeError for a dtype,
-    ValueError for anything else that is not as said; nothing is touched then.
+    All is on one device, and nothing overlaps. Codings of one length share a loop. Raises ValueError where there are
+    two devices or two masters; nothing is touched then.
     """
-    _check_codings(codings)
     for indices, numel, device in _loops(codings):
         if device.type == "cpu":
-            _C.decode([_native(codings[i], 0) for i in indices], numel, torch.get_num_threads())
+            _C.decode([codings[i].native(0) for i in indices], numel, torch.get_num_threads())
         else:
             for i in indices:
                 _reference_decode(codings[i], numel)
@@ -170,18 +207,17 @@ def encode(codings: Sequence[Coding], keys: Sequence[int], first: int) -> torch.
     on the CPU, in ascending order, counted from the run's start. Raises as ``decode`` does and, with what is stored and
     the weight of no use then, BelowZeroError.
     """
-    _check_codings(codings)
     for key in keys:
         if not 0 <= key < 1 << 64:
             raise ValueError(f"key {key} is not an unsigned integer of 64 bits")
     if len(keys) != len(codings):
         raise ValueError(f"{len(keys)} keys for {len(codings)} tensors")
-    if not 0 <= first <= (1 << 63) - max((coding.values.numel() for coding in codings), default=0):
+    if not 0 <= first <= (1 << 63) - max((coding.numel for coding in codings), default=0):
         raise ValueError(f"first is {first}")
     ties = _NO_TIES
     for indices, numel, device in _loops(codings):
         if device.type == "cpu":
-            jobs = [_native(codings[i], keys[i]) for i in indices]
+            jobs = [codings[i].native(keys[i]) for i in indices]
             failed, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads())
             if failed < len(indices):
                 index = indices[failed]
@@ -239,20 +275,20 @@ _NO_TIES = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 def _loops(codings: Sequence[Coding]) -> list[tuple[list[int], int, torch.device]]:
-    """The positions of codings of one length, their length and device: one group but for parameters updated whole."""
+    """The positions of codings of one length, their length and device: one group but for parameters updated whole.
+
+    Raises ValueError where they cannot be of one run.
+    """
     groups: dict[int, list[int]] = {}
+    masters = 0
     for index, coding in enumerate(codings):
-        groups.setdefault(coding.values.numel(), []).append(index)
+        groups.setdefault(coding.numel, []).append(index)
+        masters += coding.weight is not None
+        if coding.values.device != codings[0].values.device:
+            raise ValueError(f"values are on {coding.values.device}, not {codings[0].values.device}")
+    if masters > 1:
+        raise ValueError(f"{masters} masters in one run")
     return [(indices, numel, codings[0].values.device) for numel, indices in groups.items()]
-
-
-def _native(coding: Coding, key: int) -> tuple[int, int, int, int, int, int, int, int]:
-    """The tuple of csrc/bindings.cpp. Of checked tensors on the CPU."""
-    stored, ties = coding.stored, coding.ties
-    beside = coding.weight if coding.weight is not None else stored[-1]
-    tie_pointer, tie_count = (0, 0) if ties is None else (ties.data_ptr(), ties.numel())
-    pointers = coding.values.data_ptr(), stored[0].data_ptr(), beside.data_ptr()
-    return (_FORMATS[coding.codec], *pointers, key, tie_pointer, tie_count, coding.position)
 
 
 def _reference_decode(coding: Coding, numel: int) -> None:
@@ -293,36 +329,6 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.de
     if len(shape) != 1 or not tensor.is_contiguous():
         raise ValueError(f"{name} is not 1-D and contiguous")
     raise ValueError(f"{name} has {shape[0]} elements, not {numel}")
-
-
-def _check_codings(codings: Sequence[Coding]) -> None:
-    masters = 0
-    for coding in codings:
-        values = coding.values
-        numel, device = values.numel(), codings[0].values.device
-        _check("values", values, torch.float32, device, numel)
-        parts = coding.codec.parts(numel)
-        if len(coding.stored) != len(parts):
-            raise ValueError(f"{len(coding.stored)} stored tensors, not {len(parts)}")
-        for (suffix, dtype, count), tensor in zip(parts, coding.stored, strict=True):
-            _check("stored" + suffix, tensor, dtype, device, count)
-        if isinstance(coding.codec, Master):
-            masters += 1
-            _check_master(coding, numel, device)
-        elif coding.weight is not None:
-            raise ValueError(f"a weight, which {coding.codec.name} has no use for")
-    if masters > 1:
-        raise ValueError(f"{masters} masters in one run")
-
-
-def _check_master(coding: Coding, numel: int, device: torch.device) -> None:
-    if numel >= 1 << 31:
-        raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
-    if coding.weight is None:
-        raise ValueError("a master has a weight")
-    _check("weight", coding.weight, torch.bfloat16, device, numel)
-    if coding.ties is not None:
-        _check("ties", coding.ties, torch.int32, _NO_TIES.device, coding.ties.numel())
 
 
 # The same in tensor operations. Unsigned 32-bit numbers are held in int64.
