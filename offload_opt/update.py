@@ -66,7 +66,8 @@ class _Loaded:
     """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
 
     Of its state, ``views`` are the unit's bytes, and ``decoded`` the values of ``codings``, to be encoded after the
-    update. ``weight`` is the parameter's run where ``target`` is a master.
+    update; ``lent`` is what it sees of both: an optimizer may put other memory into a tensor (by ``.data``). So it is
+    with ``target`` and its ``memory``. ``weight`` is the parameter's run where ``target`` is a master.
     """
 
     piece: Piece
@@ -76,6 +77,8 @@ class _Loaded:
     decoded: dict[str, torch.Tensor]
     codings: list[Coding]
     weight: torch.Tensor | None
+    memory: torch.Tensor | None = None
+    lent: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -185,16 +188,19 @@ class UnitUpdate:
             decode(codings)
         if loaded.weight is not None:
             # Detached: what an optimizer may note on a parameter is not to be found on the next one.
-            master = loaded.views.pop(MASTER) if MASTER in loaded.views else loaded.decoded[MASTER]
-            loaded.target = master.detach()
+            loaded.memory = loaded.views.pop(MASTER) if MASTER in loaded.views else loaded.decoded[MASTER]
+            loaded.target = loaded.memory.detach()
             if small is None:
                 loaded.target.copy_(loaded.weight)
             loaded.target.grad = cast
+        elif not piece.is_whole:
+            loaded.memory = own.detach()
         if small is not None:
             is_cut = len(piece.chunks) > 1
             loaded.state.update({name: copy_value(value) for name, value in small.items()} if is_cut else small)
-            loaded.state.update(loaded.views)
-            loaded.state.update({name: value for name, value in loaded.decoded.items() if name != MASTER})
+            paged = (*loaded.views.items(), *loaded.decoded.items())
+            loaded.lent.update({name: value.detach() for name, value in paged if name != MASTER})
+            loaded.state.update(loaded.lent)
         return loaded
 
     def _cast(self, grad: torch.Tensor, own: torch.Tensor, casts: list[Coding]) -> torch.Tensor:
@@ -236,6 +242,8 @@ class UnitUpdate:
         """Take over what the inner optimizer left as a chunk's state."""
         small: dict[str, Any] = {}
         piece = loaded.piece
+        if loaded.memory is not None and loaded.memory.data_ptr() != loaded.target.data_ptr():
+            loaded.memory.copy_(loaded.target)
         paged = {**loaded.views, **loaded.decoded}
         for name, value in state.items():
             if name not in paged:
@@ -245,7 +253,9 @@ class UnitUpdate:
                         "keep when the parameter's place was planned: the options that decide it must stay as they were"
                     )
                 small[name] = value
-            elif value is not paged[name]:
+                continue
+            lent = loaded.lent.get(name)
+            if value is not lent or lent.data_ptr() != paged[name].data_ptr():
                 paged[name].copy_(value)
         if loaded.chunk.end == piece.stop:
             piece.resident = _updated(piece.resident or {}, small)

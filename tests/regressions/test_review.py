@@ -245,3 +245,34 @@ def test_an_interrupted_wait_harms_nothing(pair: Pair, monkeypatch: pytest.Monke
     pair.offloaded.synchronize()
     pair.step()
     pair.check()
+
+
+class Rebinding(torch.optim.Optimizer):
+    """Momentum by an optimizer that puts other memory into its tensors."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state.setdefault("average", torch.zeros_like(parameter))
+                state["average"].data = state["average"] * 0.5 + parameter.grad
+                parameter.data = parameter.data - state["average"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"state_dtype": "bf16"}, {"master_weights": True}], ids=str)
+@pytest.mark.parametrize("numel", [100, 50_000], ids=["whole", "in several units"])
+def test_an_optimizer_may_put_other_memory_into_its_tensors(store: Path, numel: int, fields: dict[str, Any]) -> None:
+    # What it put there was lost.
+    OffloadOptimizer.register(Rebinding, "elementwise")
+    dtype = torch.bfloat16 if "master_weights" in fields else torch.float32
+    parameter = torch.nn.Parameter(torch.ones(numel, dtype=dtype))
+    parameter.grad = torch.full_like(parameter, 0.25)
+    with OffloadOptimizer(Rebinding([parameter]), store, host_memory="48KiB", **fields) as optimizer:
+        for step in range(4):  # numbers that have no more bits than a bf16
+            optimizer.step()
+            average = 0.5 - 0.25 * 0.5**step
+            assert bool((optimizer.state[parameter]["average"] == average).all()), step
+        assert bool((parameter == 1 - 4 * 0.5 + 0.5 - 0.5**5).all())
