@@ -137,14 +137,16 @@ class Worker {
  private:
   void run() {
     block_signals();
+    std::deque<Span> taken;
     while (true) {
       {
         std::unique_lock lock(mutex_);
         if (pump_.idle()) arrived_.wait(lock, [this] { return stopping_ || !inbox_.empty(); });
         if (pump_.idle() && inbox_.empty()) return;
-        for (auto& span : inbox_) pump_.add(std::move(span));
-        inbox_.clear();
+        taken.swap(inbox_);
       }
+      for (auto& span : taken) pump_.add(std::move(span));
+      taken.clear();
       pump_.turn();
     }
   }

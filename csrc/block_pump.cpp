@@ -35,8 +35,13 @@ BlockPump::BlockPump(const HandleConfig& config, std::unique_ptr<IoEngine> engin
 }
 
 void BlockPump::add(Span span) {
+  const std::uint64_t number = span.operation->number;
   auto behind = spans_.end();
-  while (behind != spans_.begin() && std::prev(behind)->operation->number > span.operation->number) --behind;
+  if (!spans_.empty() && number < spans_.front().operation->number) {
+    behind = spans_.begin();  // what has waited was most often asked for before all the rest
+  } else {
+    while (behind != spans_.begin() && std::prev(behind)->operation->number > number) --behind;
+  }
   spans_.insert(behind, std::move(span));
 }
 

@@ -202,7 +202,8 @@ class AioHandle:
     ) -> IoFuture:
         """Start to fill ``buffer`` from the file. The transfer begins when those in ``after`` have ended.
 
-        Of the transfers that can begin, the one that was asked for first does: waiting for others costs no place.
+        Of the transfers that can begin, a thread of the handle takes the one that was asked for first: waiting for
+        others costs no place.
         Where one of ``after`` fails, this one is not started and fails with ECANCELED.
         """
         return self._submit(False, buffer, filename, False, file_offset, after)

@@ -124,34 +124,38 @@ class Master:
         return ((".remainder", torch.int16, numel),)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Coding:
     """fp32 ``values`` of a run and what is ``stored`` for them, as ``codec.parts`` says.
 
     A Master has the ``weight`` beside; to be decoded, it has the ``ties``, int32 and ascending, of a longer run on the
-    CPU, in which this one begins at ``position``; None is none. Everything is 1-D and contiguous, and stays as it is.
+    CPU, in which this one begins at ``position``; None is none. Everything is 1-D and contiguous. The memory of the
+    tensors is looked at now, and must stay theirs.
 
-    Raises TypeError for a dtype, ValueError for anything else that is not as said.
+    Raises TypeError for a dtype, ValueError for tensors of another number, shape or device.
     """
 
-    __slots__ = ("_addresses", "_ties_address", "codec", "numel", "position", "stored", "ties", "values", "weight")
+    codec: StateCodec
+    stored: Sequence[torch.Tensor]
+    values: torch.Tensor
+    weight: torch.Tensor | None = None
+    ties: torch.Tensor | None = None
+    position: int = 0
+    numel: int = dataclasses.field(init=False)
+    _addresses: tuple[int, int, int, int] = dataclasses.field(init=False, repr=False)
+    _ties_address: tuple[int, int] = dataclasses.field(default=(0, 0), init=False, repr=False)
 
-    def __init__(
-        self,
-        codec: StateCodec,
-        stored: Sequence[torch.Tensor],
-        values: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        ties: torch.Tensor | None = None,
-        position: int = 0,
-    ) -> None:
-        self.codec, self.stored, self.values, self.weight = codec, stored, values, weight
-        self.ties, self.position = ties, position
-        self.numel = values.numel()
+    def __post_init__(self) -> None:
+        keep = functools.partial(object.__setattr__, self)
+        keep("stored", tuple(self.stored))
+        keep("numel", self.values.numel())
         self._check()
-        # Taken once: a run is decoded, updated and encoded.
-        beside = stored[-1] if weight is None else weight
-        self._addresses = _FORMATS[codec], values.data_ptr(), stored[0].data_ptr(), beside.data_ptr()
-        self._ties_address = (0, 0) if ties is None else (ties.data_ptr(), ties.numel())
+        if self.values.device.type == "cpu":  # once: a run is decoded, updated and encoded
+            beside = self.stored[-1] if self.weight is None else self.weight
+            addresses = self.values.data_ptr(), self.stored[0].data_ptr(), beside.data_ptr()
+            keep("_addresses", (_FORMATS[self.codec], *addresses))
+            if self.ties is not None:
+                keep("_ties_address", (self.ties.data_ptr(), self.ties.numel()))
 
     def native(self, key: int) -> tuple[int, int, int, int, int, int, int, int]:
         """The tuple of csrc/bindings.cpp. Of tensors on the CPU."""

@@ -230,12 +230,14 @@ def open_files() -> Finding:
 
 def threads() -> Finding:
     """The threads of an update, and whether the codecs of state share them."""
-    count = torch.get_num_threads()
-    if thread_count() < count:
-        found = f"torch has {count} for its operations, but the codecs of state run on one: no OpenMP library is found"
-        advice = "for state_dtype or master_weights, use a build of torch whose OpenMP is GNU's, LLVM's or Intel's"
+    count, shared = torch.get_num_threads(), thread_count()
+    if shared < count:
+        found = f"torch is to have {count} for its operations, and the codecs of state get {shared}"
+        advice = "see OMP_THREAD_LIMIT and OMP_DYNAMIC"
+        if shared == 1:
+            advice += ", and whether this build of torch has an OpenMP library: torch.__config__.parallel_info()"
         return Finding("threads", "warn", found, advice)
-    return Finding("threads", "ok", f"{count}, of torch's OpenMP: for the update and for the codecs of state")
+    return Finding("threads", "ok", f"{count}, for the update and for the codecs of state")
 
 
 def memory(root: str | os.PathLike[str] = "/") -> Finding:

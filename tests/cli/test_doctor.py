@@ -186,7 +186,12 @@ def test_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if "OpenMP not found" not in torch.__config__.parallel_info():
         check(doctor.threads(), "ok", f"{count}, ")
     monkeypatch.setattr(doctor, "thread_count", lambda: 1)
-    check(doctor.threads(), "ok" if count == 1 else "warn", advice="" if count == 1 else "OpenMP")
+    if count == 1:
+        check(doctor.threads(), "ok", "1, ")
+    else:
+        check(doctor.threads(), "warn", "to have 3 for its operations, and the codecs of state get 1", "OpenMP library")
+        monkeypatch.setattr(doctor, "thread_count", lambda: 2)
+        check(doctor.threads(), "warn", "get 2", "see OMP_THREAD_LIMIT and OMP_DYNAMIC")
 
 
 MEMINFO = "MemTotal:       33554432 kB\nMemFree:         1 kB\nMemAvailable:   16777216 kB\nHugePages_Total:       0"

@@ -431,7 +431,7 @@ void a_stuck_device(const EngineEntry& engine) {
   fs::remove_all(other);
 }
 
-// What has waited for an operation goes before what was submitted after it, and is not started earlier.
+// What has waited for an operation goes before what was submitted after it.
 void order_of_submission(const EngineEntry& engine) {
   constexpr std::uint64_t kBlock = 4096;
   const fs::path path = folder / "order";
@@ -443,6 +443,10 @@ void order_of_submission(const EngineEntry& engine) {
     log = made.get();
     return made;
   });
+  const struct Unstick {
+    std::atomic<bool>& stuck;
+    ~Unstick() { stuck = false; }
+  } before_the_handle_closes{stuck};
   const auto write = [&](std::uint64_t block, std::vector<OperationPtr> after) {
     TransferSpec transfer = spec(Direction::kWrite, bytes.data(), kBlock, block * kBlock, path);
     transfer.after = std::move(after);

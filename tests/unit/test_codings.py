@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
@@ -267,8 +268,22 @@ def test_split_master_refuses_wrong_arguments() -> None:
         codecs.decode([Coding(Master(), [good[2]], good[0], good[1])] * 2)
     with pytest.raises(ValueError, match="a weight, which bf16 has no use for"):
         codecs.decode([Coding(Bf16(), [good[1]], good[0], good[1])])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Coding(Bf16(), [good[1]], good[0]).values = torch.zeros(10)  # type: ignore[misc]
     with pytest.raises(ValueError, match="1 keys for 2 tensors"):
         codecs.encode([Coding(Bf16(), [good[1].clone()], good[0]) for _ in range(2)], [1], 0)
+
+
+def test_two_devices_are_refused() -> None:
+    here = Coding(Bf16(), [torch.zeros(10, dtype=torch.bfloat16)], torch.ones(10))
+    there = Coding(Bf16(), [torch.zeros(10, dtype=torch.bfloat16, device="meta")], torch.ones(10, device="meta"))
+    for pair in ([here, there], [there, here]):
+        with pytest.raises(ValueError, match="values are on"):
+            codecs.decode(pair)
+        with pytest.raises(ValueError, match="values are on"):
+            codecs.encode(pair, [1, 2], 0)
+    assert same(here.values, torch.ones(10))
+    assert same(here.stored[0], torch.zeros(10, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu
