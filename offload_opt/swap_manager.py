@@ -144,10 +144,10 @@ class SwapManager:
         with self.failing():
             while units and self._ring and self._pool.free < min(_WRITE_BUFFERS, self._pool.capacity):
                 self._evict_last()
+            self._reserve(min(_WRITE_BUFFERS, len(units)))
             for unit in units:
                 taken = self._pool.take()
                 assert taken is not None
-                self._stats.host_memory_bytes = self._pool.nbytes
                 self._finish_ended_writes()
                 if unit in self._writes:  # of a write_out before: two writes to one file would race
                     self._finish_write(unit)
@@ -281,13 +281,17 @@ class SwapManager:
             self._finish_ended_writes()
         self._ring.reverse()
 
-    def _read_ahead(self, upcoming: Iterable[SwapUnit]) -> None:
+    def _reserve(self, buffers: int) -> None:
+        self._pool.reserve(buffers)
+        self._stats.host_memory_bytes = self._pool.nbytes
+
+    def _read_ahead(self, upcoming: Sequence[SwapUnit]) -> None:
         """Fill free buffers with the units that come next."""
+        self._reserve(len(upcoming))
         for unit in upcoming:
             buffer = self._pool.take()
             if buffer is None:
                 return
-            self._stats.host_memory_bytes = self._pool.nbytes
             self._start_read(unit, buffer)
 
     def _start_read(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
