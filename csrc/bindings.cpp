@@ -12,13 +12,16 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdlib>
 #include <deque>
+#include <span>
 #include <system_error>
 #include <thread>
 
 #include "aio_handle.h"
 #include "coding.h"
+#include "leaf_hashes.h"
 #include "locked_memory.h"
 #include "parallel.h"
 
@@ -284,14 +287,42 @@ void bind_codings(py::module_& module) {
       py::arg("codings"), py::arg("count"), py::arg("threads"));
   module.def(
       "encode",
-      [](const std::vector<CodingTuple>& codings, std::size_t count, std::uint64_t first, unsigned threads) {
-        const Found found = without_gil([&] { return encode(codings_of(codings), count, first, threads); });
+      [](const std::vector<CodingTuple>& codings, std::size_t count, std::uint64_t first, unsigned threads,
+         LeafHashes* hashes) {
+        const Found found = without_gil([&] { return encode(codings_of(codings), count, first, threads, hashes); });
         const py::bytes ties(reinterpret_cast<const char*>(found.ties.data()),
                              found.ties.size() * sizeof(std::int32_t));
         return py::make_tuple(found.coding, found.negative, ties);
       },
-      py::arg("codings"), py::arg("count"), py::arg("first"), py::arg("threads"));
+      py::arg("codings"), py::arg("count"), py::arg("first"), py::arg("threads"), py::arg("hashes"));
   module.def("thread_count", &thread_count, py::arg("threads"));
+}
+
+// Of an address and a size in bytes, at which there is memory.
+using SpanTuple = std::pair<std::uintptr_t, std::size_t>;
+
+void bind_hashes(py::module_& module) {
+  module.attr("LEAF_BYTES") = LeafHashes::kBytes;
+  py::class_<LeafHashes>(module, "LeafHashes")
+      .def(py::init([](std::uintptr_t data, std::size_t size) {
+             return std::make_unique<LeafHashes>(reinterpret_cast<const void*>(data), size);
+           }),
+           py::arg("data"), py::arg("size"))
+      .def(
+          "add",
+          [](LeafHashes& hashes, const std::vector<SpanTuple>& tuples, unsigned threads) {
+            std::vector<std::span<const std::byte>> parts;
+            for (const auto& [data, size] : tuples) parts.emplace_back(reinterpret_cast<const std::byte*>(data), size);
+            without_gil([&] { hashes.add(parts, threads); });
+          },
+          py::arg("parts"), py::arg("threads"))
+      .def(
+          "finish",
+          [](LeafHashes& hashes, unsigned threads) {
+            const std::vector<std::uint64_t> all = without_gil([&] { return hashes.finish(threads); });
+            return py::bytes(reinterpret_cast<const char*>(all.data()), all.size() * sizeof(std::uint64_t));
+          },
+          py::arg("threads"));
 }
 
 // Leaves [data, data + size), whole pages, out of children of fork().
@@ -374,6 +405,7 @@ PYBIND11_MODULE(_C, module) {
     return py::make_tuple(granule, why_not);
   });
   bind_codings(module);
+  bind_hashes(module);
   ::pthread_atfork(nullptr, nullptr, &WithoutGil::forget_threads);
   module.def("prepare_to_exit", &WithoutGil::prepare_to_exit);
   module.def("page_size", &page_size);

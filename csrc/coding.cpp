@@ -60,6 +60,13 @@ std::size_t encode_part(const Coding& coding, std::size_t begin, std::size_t end
   return end - begin;
 }
 
+// What encode_part() has stored, but for a master's weights.
+void hash_part(const Coding& coding, std::size_t begin, std::size_t end, LeafHashes& hashes) {
+  const bool is_8_bits = coding.format == Format::kSigned8 || coding.format == Format::kNonNegative8;
+  const std::size_t size = is_8_bits ? 1 : 2;
+  hashes.add({from<const std::byte>(coding.stored, begin * size), (end - begin) * size});
+}
+
 }  // namespace
 
 void decode(const std::vector<Coding>& codings, std::size_t count, unsigned threads) {
@@ -68,7 +75,8 @@ void decode(const std::vector<Coding>& codings, std::size_t count, unsigned thre
   });
 }
 
-Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads) {
+Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads,
+             LeafHashes* hashes) {
   std::mutex mutex;
   std::exception_ptr error;
   Found found{codings.size(), count, {}};
@@ -76,6 +84,7 @@ Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_
     std::vector<std::int32_t> ties;
     for (std::size_t i = 0; i < codings.size(); ++i) {
       const std::size_t negative = encode_part(codings[i], begin, end, first, ties);
+      if (hashes != nullptr) hash_part(codings[i], begin, end, *hashes);
       if (negative == end - begin) continue;
       const std::lock_guard lock(mutex);
       if (std::pair(i, begin + negative) < std::pair(found.coding, found.negative)) {

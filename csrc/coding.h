@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "codec.h"
+#include "leaf_hashes.h"
 
 namespace offload_opt {
 
@@ -38,8 +39,10 @@ struct Found {
 };
 
 // Both have `count` elements in each tensor, and up to `threads` threads, see parallel.h: what is stored does not
-// depend on how many. `first` is the number of the run's first element in its parameter.
+// depend on how many. `first` is the number of the run's first element in its parameter. What is stored in the memory
+// of `hashes`, which may be null, is hashed as soon as it is there.
 void decode(const std::vector<Coding>& codings, std::size_t count, unsigned threads);
-Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads);
+Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads,
+             LeafHashes* hashes = nullptr);
 
 }  // namespace offload_opt

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 
 from . import _C
+from .checksums import Checksum
 from .errors import ConfigError
 
 BLOCK = 128
@@ -204,12 +205,14 @@ def decode(codings: Sequence[Coding]) -> None:
                 _reference_decode(codings[i], numel)
 
 
-def encode(codings: Sequence[Coding], keys: Sequence[int], first: int) -> torch.Tensor:
+def encode(
+    codings: Sequence[Coding], keys: Sequence[int], first: int, checksum: Checksum | None = None
+) -> torch.Tensor:
     """Store the ``values`` of each coding, rounded by its key, and round a master, of which there is one at most.
 
     ``first`` is the number that the run's first element has in its parameter. Returns the ties of the master: int32,
-    on the CPU, in ascending order, counted from the run's start. Raises as ``decode`` does and, with what is stored and
-    the weight of no use then, BelowZeroError.
+    on the CPU, in ascending order, counted from the run's start. What is stored in the memory of ``checksum`` is added
+    to it. Raises as ``decode`` does and, with what is stored and the weight of no use then, BelowZeroError.
     """
     for key in keys:
         if not 0 <= key < 1 << 64:
@@ -222,7 +225,8 @@ def encode(codings: Sequence[Coding], keys: Sequence[int], first: int) -> torch.
     for indices, numel, device in _loops(codings):
         if device.type == "cpu":
             jobs = [codings[i].native(keys[i]) for i in indices]
-            failed, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads())
+            hashes = None if checksum is None else checksum.native
+            failed, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads(), hashes)
             if failed < len(indices):
                 index = indices[failed]
                 raise BelowZeroError(index, first + negative, float(codings[index].values[negative]))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .checksums import Checksum
 from .codecs import REMAINDER, BelowZeroError, Coding, codec_for, decode, encode, rounding_key
 from .errors import OffloadError
 from .units import Piece, StateTensor
@@ -32,15 +33,23 @@ def coding_of(
     return Coding(codec, stored, values, weight, piece.ties, begin - piece.start)
 
 
-def encode_run(piece: Piece, names: Sequence[str], codings: Sequence[Coding], begin: int, step: int) -> torch.Tensor:
+def encode_run(
+    piece: Piece,
+    names: Sequence[str],
+    codings: Sequence[Coding],
+    begin: int,
+    step: int,
+    checksum: Checksum | None = None,
+) -> torch.Tensor:
     """Store the values of ``codings``, state tensors of these names, from element ``begin`` of the parameter on.
 
-    Returns the ties of a master that is among them, by their positions in the piece.
+    What is stored is added to ``checksum``. Returns the ties of a master that is among them, by their positions in the
+    piece.
     """
     group, position = piece.key
     keys = [rounding_key(step, (group << 32) + position, name) for name in names]
     try:
-        ties = encode(codings, keys, begin)
+        ties = encode(codings, keys, begin, checksum)
     except BelowZeroError as error:
         name, codec = names[error.index], codings[error.index].codec.name
         raise OffloadError(f"{name} of {piece.name} cannot be stored as {codec}: {error}") from error

@@ -31,7 +31,7 @@ MANIFEST = "MANIFEST.json"
 PART = "PART.json"
 """What the other folders of a store have in the manifest's place: [number of the folder, folders]."""
 _FORMAT = "offload_opt manifest"
-_VERSION = 1
+_VERSION = 2
 # What msgspec raises for bytes that it cannot read.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.[0-9]{1,9}\.safetensors")
@@ -208,19 +208,9 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     body: msgspec.Raw
 
 
-def checksum(data: Any) -> str:
-    """The checksum of a manifest's body or of a unit's bytes: 128 bits of XXH3."""
-    return digest(xxhash.xxh3_128(data))
-
-
-def digest(hasher: xxhash.xxh3_128) -> str:
-    """The checksum of the bytes that ``hasher`` was given."""
-    return f"xxh3_128:{hasher.hexdigest()}"
-
-
-def checksum_of(data: torch.Tensor) -> str:
-    """The checksum of a contiguous CPU tensor's bytes. Lets go of the GIL."""
-    return checksum(bytes_of(data))
+def checksum(data: bytes) -> str:
+    """The checksum of a manifest's body: 128 bits of XXH3."""
+    return f"xxh3_128:{xxhash.xxh3_128(data).hexdigest()}"
 
 
 def bytes_of(data: torch.Tensor) -> ctypes.Array[ctypes.c_char]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .checksums import Checksum
 from .codecs import MASTER, REMAINDER
 from .coding import coding_of, decode_run, encode_run, flat, in_memory_order
 from .config import OffloadConfig
@@ -137,7 +138,7 @@ class ParameterPager:
         units = self.plan(groups, list(keyed))
         parameters = parameters_of(groups)
 
-        def fill(unit: SwapUnit, data: torch.Tensor) -> None:
+        def fill(unit: SwapUnit, data: torch.Tensor, _: Checksum | None) -> None:
             for piece in unit.pieces:
                 for tensor in piece.tensors:
                     _fill(piece, tensor, keyed[piece.key], parameters[piece.key], data, self.epoch)

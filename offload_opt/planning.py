@@ -22,11 +22,11 @@ import torch
 
 from .bandwidth import LEAST_MEASURED, Direction, ScratchFiles, run
 from .buffers import MAX_BUFFERS
+from .checksums import checksum_of
 from .config import OffloadConfig, format_bytes
 from .errors import ConfigError, OffloadWarning
 from .folders import check_folder, free_bytes
 from .inner import InnerOptimizer
-from .manifest import checksum_of
 from .model_sizes import Model
 from .optimizer import OffloadOptimizer
 from .pager import check_state_names, parameters_of, plan_parameters

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from .checksums import Checksum
 from .commit import Commit
 from .errors import ConfigError, StoreError
 from .folders import LOCK, lock, make_folder, remove_unfinished, sync_folder, unlock
@@ -35,7 +36,6 @@ from .manifest import (
     Layout,
     Manifest,
     UnitRecord,
-    checksum_of,
     piece_records,
     read_manifest,
     read_part,
@@ -188,12 +188,17 @@ class SwapStore:
                 slots = self._units.slots[unit]
                 check_file(self._handle, unit, slots.current.path, slots.data_start, slots.current.checksum)
 
-    def write(self, unit: SwapUnit, data: torch.Tensor) -> IoFuture:
-        """Start to write a unit from the first bytes of ``data``."""
+    def new_checksum(self, unit: SwapUnit, data: torch.Tensor) -> Checksum | None:
+        """For what ``write`` will be given, to add parts of it beforehand. None where checksums are off."""
+        return None if self._checksum == "off" else Checksum(data[: unit.nbytes])
+
+    def write(self, unit: SwapUnit, data: torch.Tensor, checksum: Checksum | None = None) -> IoFuture:
+        """Start to write a unit from the first bytes of ``data``; ``checksum`` is theirs, where there is one."""
         self.finish_commit()
         file = self._units.turn(unit)
         file.synced = False
-        file.checksum = checksum_of(data[: unit.nbytes]) if self._checksum != "off" else None
+        checksum = checksum or self.new_checksum(unit, data)
+        file.checksum = None if checksum is None else checksum.text()
         return self._handle.async_pwrite(data[: unit.nbytes], *self.place(unit))
 
     def read_into(self, unit: SwapUnit, tensor: StateTensor, data: torch.Tensor) -> None:

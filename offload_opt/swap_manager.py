@@ -26,6 +26,7 @@ import torch
 
 from .aio import AioHandle, IoFuture
 from .buffers import BufferPool, PinnedBuffer
+from .checksums import Checksum
 from .errors import StepFailedError
 from .folders import free_bytes
 from .state_file import WholeTensor, export, map_state
@@ -36,8 +37,9 @@ from .units import StateTensor, SwapUnit, UnitState
 _WRITE_BUFFERS = 4
 """Of write_out: one is filled while the others are being written."""
 
-Visit = Callable[[SwapUnit, torch.Tensor], None]
-"""Called with a resident unit and the 1-D uint8 tensor that holds its bytes, which it may change."""
+Visit = Callable[[SwapUnit, torch.Tensor, Checksum | None], None]
+"""Called with a resident unit and the 1-D uint8 tensor that holds its bytes, which it may change. If they are to be
+written after it, their checksum comes along, to be added to."""
 
 
 class Failure:
@@ -153,9 +155,10 @@ class SwapManager:
                     self._finish_write(unit)
                 unit.move_to(UnitState.READING)
                 self._arrive(unit, taken)
-                fill(unit, taken.data)
+                checksum = self._store.new_checksum(unit, taken.data)
+                fill(unit, taken.data, checksum)
                 unit.move_to(UnitState.WRITING)
-                self._write(unit, taken)
+                self._write(unit, taken, checksum)
                 self._pool.give_back(taken)
 
     def writes(self) -> list[IoFuture]:
@@ -268,13 +271,15 @@ class SwapManager:
             _, buffer = self._ring.popleft()
             if self._arrive(unit, buffer):
                 self._store.check_read(unit, buffer.data)
+            stays = position + depth >= len(order)
+            checksum = None if stays else self._store.new_checksum(unit, buffer.data)
             started = time.perf_counter()
-            visit(unit, buffer.data)
+            visit(unit, buffer.data, checksum)
             self._stats.update_seconds += time.perf_counter() - started
             unit.is_dirty, unit.is_blank = True, False
-            if position + depth < len(order):
+            if not stays:
                 unit.move_to(UnitState.WRITING)
-                self._write(unit, buffer)
+                self._write(unit, buffer, checksum)
                 self._start_read(order[position + depth], buffer)
             else:
                 self._ring.append((unit, buffer))
@@ -318,9 +323,9 @@ class SwapManager:
         unit.move_to(UnitState.RESIDENT)
         return not unit.is_blank
 
-    def _write(self, unit: SwapUnit, buffer: PinnedBuffer) -> None:
+    def _write(self, unit: SwapUnit, buffer: PinnedBuffer, checksum: Checksum | None = None) -> None:
         with self.failing():
-            buffer.last_use = self._writes[unit] = self._store.write(unit, buffer.data)
+            buffer.last_use = self._writes[unit] = self._store.write(unit, buffer.data, checksum)
         unit.is_dirty, unit.is_blank = False, False
         self._stats.bytes_written += unit.nbytes
 

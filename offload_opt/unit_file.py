@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
+from .checksums import RunningChecksum, checksum_of
 from .errors import ConfigError, StoreError
-from .manifest import DTYPES, UnitRecord, bytes_of, checksum_of, digest
+from .manifest import DTYPES, UnitRecord
 from .units import PAGE, StateTensor, SwapUnit, is_row_major
 
 if TYPE_CHECKING:
     from .aio import AioHandle
 
 CHUNK_BYTES = 8 << 20
-"""Of a file that is read from beginning to end: it is not to take more memory than this, however large its unit is."""
+"""Of a file that is read from beginning to end: it is not to take more memory than this, however large its unit is. These
+are whole leaves of a checksum."""
 
 
 def check_storable(tensor: StateTensor) -> None:
@@ -51,13 +52,13 @@ def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, e
     """Read a unit from its file, through a small buffer, and raise OSError where its bytes are not what was written."""
     if expected is None:
         return
-    hasher = xxhash.xxh3_128()
+    checksum = RunningChecksum()
     data = torch.empty(min(unit.nbytes, CHUNK_BYTES), dtype=torch.uint8)
     for begin in range(0, unit.nbytes, CHUNK_BYTES):
         part = data[: min(CHUNK_BYTES, unit.nbytes - begin)]
         handle.sync_pread(part, path, data_start + begin)
-        hasher.update(bytes_of(part))
-    if digest(hasher) != expected:
+        checksum.update(part)
+    if checksum.text() != expected:
         raise _damaged(unit, path)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .aio import trim_heap
+from .checksums import Checksum
 from .codecs import MASTER, Bf16, Coding, decode
 from .coding import coding_of, encode_run, flat, in_memory_order
 from .errors import OffloadError
@@ -99,8 +100,8 @@ class UnitUpdate:
         self._listed = [Counter(map(id, group["params"])) for group in groups]
         self._ties: list[torch.Tensor] = []  # of the piece that is under way
 
-    def update(self, unit: SwapUnit, data: torch.Tensor) -> None:
-        """Update the parameters of a resident unit, whose bytes are ``data``."""
+    def update(self, unit: SwapUnit, data: torch.Tensor, checksum: Checksum | None) -> None:
+        """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
         batch: list[_Loaded] = []
@@ -109,9 +110,9 @@ class UnitUpdate:
             batch.append(loaded)
             elements += loaded.target.numel()
             if elements >= self._inner.batch_elements(unit.device):
-                self._update_batch(batch)
+                self._update_batch(batch, checksum if on_cpu else None)
                 batch, elements = [], 0
-        self._update_batch(batch)
+        self._update_batch(batch, checksum if on_cpu else None)
         if not on_cpu:
             data[: unit.nbytes].copy_(work)  # waits for the device
         if unit.is_blank:
@@ -216,7 +217,7 @@ class UnitUpdate:
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
         return cast.copy_(grad)
 
-    def _update_batch(self, batch: list[_Loaded]) -> None:
+    def _update_batch(self, batch: list[_Loaded], checksum: Checksum | None) -> None:
         if not batch:
             return
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
@@ -229,7 +230,10 @@ class UnitUpdate:
         self._step_inner(targets, state)
         for loaded in batch:
             self._adopt(loaded, state[loaded.target])
-            self._encode(loaded)
+            self._encode(loaded, checksum)
+        if checksum is not None:
+            exact = (tensor for loaded in batch for tensor in loaded.chunk.exact)
+            checksum.add([(tensor.offset, tensor.nbytes) for tensor in exact])
         self._scratch.reset()
 
     def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
@@ -260,14 +264,14 @@ class UnitUpdate:
         if loaded.chunk.end == piece.stop:
             piece.resident = _updated(piece.resident or {}, small)
 
-    def _encode(self, loaded: _Loaded) -> None:
+    def _encode(self, loaded: _Loaded, checksum: Checksum | None) -> None:
         """Store what has a codec, and round a master to its weight."""
         piece, begin = loaded.piece, loaded.chunk.begin
         if loaded.weight is not None and MASTER not in loaded.decoded:
             loaded.weight.copy_(loaded.target)
         if loaded.codings:
             names = [tensor.name for tensor, _ in loaded.chunk.coded]
-            ties = encode_run(piece, names, loaded.codings, begin, self._step)
+            ties = encode_run(piece, names, loaded.codings, begin, self._step, checksum)
             if len(ties):
                 self._ties.append(ties)
         if loaded.chunk.end == piece.stop:

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import xxhash
 
 from .aio import AioHandle, IoFuture
+from .checksums import RunningChecksum
 from .errors import StoreError
 from .inspection import RankPlace, file_bytes, read_commit, units_of
-from .manifest import Manifest, UnitRecord, bytes_of, decode_mapping, decode_value, digest
+from .manifest import Manifest, UnitRecord, decode_mapping, decode_value
 from .unit_file import check_files, unit_header
 from .units import SwapUnit
 
-_CHUNK = 8 << 20
+_CHUNK = 8 << 20  # whole leaves of checksums
 _DEPTH = 3  # chunks in memory: while one is looked at, the next two are read
 _TRIES = 5
 
@@ -78,7 +78,7 @@ class _Unit:
     unit: SwapUnit
     record: UnitRecord
     path: Path
-    hasher: xxhash.xxh3_128
+    checksum: RunningChecksum
     problem: str = ""
     state_is_at_risk: bool = False
     failed: bool = False  # to be read
@@ -190,7 +190,7 @@ class _Verifier:
                 if not 0 <= record.folder < len(self._folders):
                     raise StoreError(f"{where} is damaged: it places {record.file} in folder {record.folder + 1}")
                 path = self._folders[record.folder] / "units" / record.file
-                units.append(_Unit(unit, record, path, xxhash.xxh3_128()))
+                units.append(_Unit(unit, record, path, RunningChecksum()))
         decode_value([self._manifest.groups, self._manifest.extra])
         return units
 
@@ -219,14 +219,14 @@ class _Verifier:
     def _look_at(self, unit: _Unit, begin: int, buffer: torch.Tensor, transfer: IoFuture | OSError) -> None:
         error = _finish(transfer)
         if error is None:
-            unit.hasher.update(bytes_of(buffer))
+            unit.checksum.update(buffer)
         elif not unit.failed:
             unit.failed = True
             unit.damaged(_without_path(error, unit.path))
         self._told(self.report.nbytes + unit.record.data_start + begin + buffer.nbytes, self._total)
         if begin + buffer.nbytes == unit.record.nbytes:
             expected = unit.record.checksum
-            if expected and not unit.failed and digest(unit.hasher) != expected:
+            if expected and not unit.failed and unit.checksum.text() != expected:
                 unit.damaged("its bytes are not those that were written (checksum)")
             self._conclude(unit)
 

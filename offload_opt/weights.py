@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .aio import AioHandle
+from .checksums import Checksum
 from .coding import flat
 from .errors import ConfigError
 from .manifest import DTYPES, Layout, ParameterRecord, tensor_records
@@ -53,7 +54,7 @@ class PersistedWeights:
             self._plans = plans
         parameters = parameters_of(groups)
 
-        def fill(unit: SwapUnit, data: torch.Tensor) -> None:
+        def fill(unit: SwapUnit, data: torch.Tensor, _: Checksum | None) -> None:
             for piece in unit.pieces:
                 parameter = parameters[piece.key].detach()
                 for tensor in piece.tensors:

@@ -13,7 +13,7 @@ PACKAGE = "offload_opt"
 # From the bottom up. Within a layer, too, a module imports only those before it.
 LAYERS = [
     ["errors", "config", "trace", "drives"],
-    ["codecs", "units", "coding", "planner", "inner"],
+    ["checksums", "codecs", "units", "coding", "planner", "inner"],
     ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
@@ -35,8 +35,9 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 # Importer and imported: for type annotations only.
 TYPES_ONLY = {("buffers", "aio")}
-# aio is the face of the native handle, and codecs that of the native loops, which know no handle and no file.
-IMPORTERS_OF_NATIVE = ("aio", "codecs")
+# aio is the face of the native handle; codecs and checksums are those of the native loops, which know no handle and no
+# file.
+IMPORTERS_OF_NATIVE = ("aio", "codecs", "checksums")
 
 
 class Imports(ast.NodeVisitor):

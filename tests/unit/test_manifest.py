@@ -159,7 +159,7 @@ def test_a_manifest_with_a_flipped_bit_anywhere_is_refused(path: Path) -> None:
 
 def with_body(path: Path, body: bytes, **envelope: Any) -> Path:
     """A manifest file with this body and a checksum that fits it, but for ``envelope``."""
-    fields = {"format": "offload_opt manifest", "version": 1, "checksum": checksum(body), **envelope}
+    fields = {"format": "offload_opt manifest", "version": 2, "checksum": checksum(body), **envelope}
     head = msgspec.json.encode(fields)
     path.write_bytes(head[:-1] + b',"body":' + body + b"}")
     return path
@@ -176,7 +176,7 @@ def body_with(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("body", "envelope", "said"),
     [
-        (BODY, {"version": 2}, "has version 2 of the format, and this offload_opt knows version 1"),
+        (BODY, {"version": 1}, "has version 1 of the format, and this offload_opt knows version 2"),
         (BODY, {"version": "1"}, r"Expected `int`, got `str` - at `\$.version`"),
         (BODY, {"format": "safetensors"}, "is not a manifest of a store: its format is 'safetensors'"),
         (BODY, {"checksum": checksum(b"")}, "is damaged: its bytes do not have the checksum"),
