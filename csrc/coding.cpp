@@ -55,7 +55,7 @@ std::size_t encode_part(const Coding& coding, std::size_t begin, std::size_t end
                          from<std::uint8_t>(coding.beside, begin / kInt8Block), end - begin, rounding);
     case Format::kMaster:
       split_master(values, from<std::uint16_t>(coding.beside, begin), from<std::uint16_t>(coding.stored, begin),
-                   end - begin, begin, ties);
+                   end - begin, coding.position + begin, ties);
   }
   return end - begin;
 }

@@ -31,7 +31,8 @@ struct Coding {
 };
 
 // What has been found on the way: the coding with a value below zero where there must be none, the first of them, and
-// the index of the first one in there; `codings.size()` where there is none. And the ties of the one master, in order.
+// the index of the first one in there; `codings.size()` where there is none. And the ties of the one master, in order,
+// counted as its `position` is.
 struct Found {
   std::size_t coding;
   std::size_t negative;

@@ -129,9 +129,9 @@ class Master:
 class Coding:
     """fp32 ``values`` of a run and what is ``stored`` for them, as ``codec.parts`` says.
 
-    A Master has the ``weight`` beside; to be decoded, it has the ``ties``, int32 and ascending, of a longer run on the
-    CPU, in which this one begins at ``position``; None is none. Everything is 1-D and contiguous. The memory of the
-    tensors is looked at now, and must stay theirs.
+    A Master has the ``weight`` beside, and belongs to a longer run, in which it begins at ``position``; to be decoded,
+    it has the ``ties`` of that, int32 and ascending, on the CPU; None is none. Everything is 1-D and contiguous. The
+    memory of the tensors is looked at now, and must stay theirs.
 
     Raises TypeError for a dtype, ValueError for tensors of another number, shape or device.
     """
@@ -143,27 +143,54 @@ class Coding:
     ties: torch.Tensor | None = None
     position: int = 0
     numel: int = dataclasses.field(init=False)
+    device: torch.device = dataclasses.field(init=False)
     _addresses: tuple[int, int, int, int] = dataclasses.field(init=False, repr=False)
     _ties_address: tuple[int, int] = dataclasses.field(default=(0, 0), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        keep = functools.partial(object.__setattr__, self)
-        keep("stored", tuple(self.stored))
-        keep("numel", self.values.numel())
+        object.__setattr__(self, "stored", tuple(self.stored))
+        self._look()
         self._check()
-        if self.values.device.type == "cpu":  # once: a run is decoded, updated and encoded
-            beside = self.stored[-1] if self.weight is None else self.weight
-            addresses = self.values.data_ptr(), self.stored[0].data_ptr(), beside.data_ptr()
-            keep("_addresses", (_FORMATS[self.codec], *addresses))
-            if self.ties is not None:
-                keep("_ties_address", (self.ties.data_ptr(), self.ties.numel()))
+        if self.device.type == "cpu":
+            self._note([tensor.data_ptr() for tensor in self.stored])
+
+    @classmethod
+    def laid_out(
+        cls,
+        codec: StateCodec,
+        addresses: Sequence[int],
+        values: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        ties: torch.Tensor | None = None,
+        position: int = 0,
+    ) -> Coding:
+        """One on the CPU whose stored parts lie at ``addresses``. Nothing is checked, and the memory is not held.
+
+        For an update, which has planned where all of this lies, and makes several for each of its many chunks.
+        """
+        coding = object.__new__(cls)
+        given = {"codec": codec, "stored": (), "values": values, "weight": weight, "ties": ties, "position": position}
+        coding.__dict__.update(given)
+        coding._look()
+        coding._note(addresses)
+        return coding
+
+    def _look(self) -> None:
+        self.__dict__.update(numel=self.values.numel(), device=self.values.device)
+
+    def _note(self, stored: Sequence[int]) -> None:
+        """The addresses, once: a run is decoded, updated and encoded."""
+        beside = stored[-1] if self.weight is None else self.weight.data_ptr()
+        noted = self.__dict__
+        noted["_addresses"] = (_FORMATS[self.codec], self.values.data_ptr(), stored[0], beside)
+        noted["_ties_address"] = (0, 0) if self.ties is None else (self.ties.data_ptr(), self.ties.numel())
 
     def native(self, key: int) -> tuple[int, int, int, int, int, int, int, int]:
         """The tuple of csrc/bindings.cpp. Of tensors on the CPU."""
         return (*self._addresses, key, *self._ties_address, self.position)
 
     def _check(self) -> None:
-        numel, device = self.numel, self.values.device
+        numel, device = self.numel, self.device
         _check("values", self.values, torch.float32, device, numel)
         parts = self.codec.parts(numel)
         if len(self.stored) != len(parts):
@@ -211,8 +238,8 @@ def encode(
     """Store the ``values`` of each coding, rounded by its key, and round a master, of which there is one at most.
 
     ``first`` is the number that the run's first element has in its parameter. Returns the ties of the master: int32,
-    on the CPU, in ascending order, counted from the run's start. What is stored in the memory of ``checksum`` is added
-    to it. Raises as ``decode`` does and, with what is stored and the weight of no use then, BelowZeroError.
+    on the CPU, in ascending order, counted as its ``position`` is. What is stored in the memory of ``checksum`` is
+    added to it. Raises as ``decode`` does and, with what is stored and the weight of no use then, BelowZeroError.
     """
     for key in keys:
         if not 0 <= key < 1 << 64:
@@ -282,7 +309,7 @@ _FORMATS: dict[StateCodec, int] = {Bf16(): 0, Int8(is_signed=True): 1, Int8(is_s
 _NO_TIES = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
-def _loops(codings: Sequence[Coding]) -> list[tuple[list[int], int, torch.device]]:
+def _loops(codings: Sequence[Coding]) -> list[tuple[Sequence[int], int, torch.device]]:
     """The positions of codings of one length, their length and device: one group but for parameters updated whole.
 
     Raises ValueError where they cannot be of one run.
@@ -292,11 +319,11 @@ def _loops(codings: Sequence[Coding]) -> list[tuple[list[int], int, torch.device
     for index, coding in enumerate(codings):
         groups.setdefault(coding.numel, []).append(index)
         masters += coding.weight is not None
-        if coding.values.device != codings[0].values.device:
-            raise ValueError(f"values are on {coding.values.device}, not {codings[0].values.device}")
+        if coding.device != codings[0].device:
+            raise ValueError(f"values are on {coding.device}, not {codings[0].device}")
     if masters > 1:
         raise ValueError(f"{masters} masters in one run")
-    return [(indices, numel, codings[0].values.device) for numel, indices in groups.items()]
+    return [(indices, numel, codings[0].device) for numel, indices in groups.items()]
 
 
 def _reference_decode(coding: Coding, numel: int) -> None:
@@ -316,7 +343,7 @@ def _reference_encode(coding: Coding, key: int, first: int, index: int) -> torch
     values, stored = coding.values, coding.stored
     if isinstance(coding.codec, Master):
         assert coding.weight is not None
-        return reference_split_master(values, coding.weight, stored[0]).cpu()
+        return reference_split_master(values, coding.weight, stored[0]).cpu() + coding.position
     if isinstance(coding.codec, Int8):
         negative = reference_encode_int8(coding.codec.is_signed, values, stored[0], stored[1], key, first)
         if negative < values.numel():

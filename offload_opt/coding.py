@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,22 +15,24 @@ from .units import Piece, StateTensor
 def coding_of(
     piece: Piece,
     tensor: StateTensor,
-    stored: Sequence[torch.Tensor],
+    stored: Sequence[torch.Tensor] | Sequence[int],
     values: torch.Tensor,
     begin: int,
     weight: torch.Tensor | None,
 ) -> Coding:
     """A state tensor that has a codec, from element ``begin`` of the parameter on, as codecs.py takes it; all is 1-D.
 
-    ``stored`` is what ``tensor.run`` names, and ``weight`` the parameter's run, which a master's remainder needs.
+    ``stored`` is what ``tensor.run`` names, or where that lies: see ``Coding.laid_out``. ``weight`` is the parameter's
+    run, which a master's remainder needs.
     """
     codec = codec_for(tensor.codec, tensor.name)
     assert codec is not None
+    make: Callable[..., Coding] = Coding.laid_out if isinstance(stored[0], int) else Coding
     if tensor.codec != REMAINDER:
-        return Coding(codec, stored, values)
+        return make(codec, stored, values)
     if weight is None:
         raise OffloadError(f"the master of {piece.name} cannot be read, since the parameter is gone")
-    return Coding(codec, stored, values, weight, piece.ties, begin - piece.start)
+    return make(codec, stored, values, weight, piece.ties, begin - piece.start)
 
 
 def encode_run(
@@ -49,11 +51,10 @@ def encode_run(
     group, position = piece.key
     keys = [rounding_key(step, (group << 32) + position, name) for name in names]
     try:
-        ties = encode(codings, keys, begin, checksum)
+        return encode(codings, keys, begin, checksum)
     except BelowZeroError as error:
         name, codec = names[error.index], codings[error.index].codec.name
         raise OffloadError(f"{name} of {piece.name} cannot be stored as {codec}: {error}") from error
-    return ties + (begin - piece.start) if len(ties) else ties
 
 
 def decode_run(

@@ -179,10 +179,11 @@ class UnitUpdate:
         weight = loaded.weight
         if weight is not None and piece.is_whole and chunk.coded:
             weight = flat(weight)
+        on_cpu, start = data.device.type == "cpu", data.data_ptr()
         for tensor, run in chunk.coded:
             values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, own.device)
             loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
-            stored = [part.view(data) for part in run]
+            stored = [start + part.offset for part in run] if on_cpu else [part.view(data) for part in run]
             loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, weight))
         codings = [*loaded.codings, *casts] if small is not None else casts
         if codings:
@@ -212,7 +213,7 @@ class UnitUpdate:
         cast = self._scratch.take(own.numel(), own.device)
         on_cpu = grad.device.type == "cpu"
         if on_cpu and grad.dtype == torch.bfloat16 and grad.dim() == 1 and grad.is_contiguous():
-            casts.append(Coding(_BF16, [grad], cast))
+            casts.append(Coding.laid_out(_BF16, [grad.data_ptr()], cast))
             return cast
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
         return cast.copy_(grad)
