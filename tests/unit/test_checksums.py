@@ -1,0 +1,114 @@
+"""Checksums of units: what they are, that parts may be added before, and that a store's are those of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+
+from offload_opt import OffloadOptimizer
+from offload_opt.checksums import LEAF_BYTES, Checksum, RunningChecksum, checksum_of
+from offload_opt.manifest import MANIFEST, read_manifest
+
+SIZES = [0, 1, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 33 * LEAF_BYTES, 100 * LEAF_BYTES + 4097]
+
+
+def reference(data: bytes) -> str:
+    leaves = (data[begin : begin + LEAF_BYTES] for begin in range(0, len(data), LEAF_BYTES))
+    hashes = b"".join(xxhash.xxh3_64_intdigest(leaf).to_bytes(8, "little") for leaf in leaves)
+    return f"xxh3_leaves:{xxhash.xxh3_128_hexdigest(hashes)}"
+
+
+def random_bytes(size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_a_hash_over_the_hashes_of_leaves(size: int) -> None:
+    data = random_bytes(size)
+    assert checksum_of(data) == reference(data.numpy().tobytes())
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("seed", range(10))
+def test_parts_that_were_added_change_nothing(seed: int) -> None:
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    data = random_bytes(50 * LEAF_BYTES + 99, seed)
+    checksum = Checksum(data)
+    for count in (0, 1, 5):
+        firsts, lengths = torch.randint(0, len(data), (2, count), generator=generator).tolist()
+        checksum.add([(a, min(n, len(data) - a)) for a, n in zip(firsts, lengths, strict=True)])
+    assert checksum.text() == reference(data.numpy().tobytes())
+
+
+def test_a_part_that_was_added_is_not_looked_at_again() -> None:
+    data = random_bytes(4 * LEAF_BYTES)
+    checksum, old = Checksum(data), data.clone()
+    checksum.add([(LEAF_BYTES - 1, 2 * LEAF_BYTES)])  # one whole leaf
+    data += 1
+    old[:LEAF_BYTES], old[2 * LEAF_BYTES :] = data[:LEAF_BYTES], data[2 * LEAF_BYTES :]
+    assert checksum.text() == checksum_of(old) != checksum_of(data)
+
+
+def test_parts_one_after_the_other() -> None:
+    data = random_bytes(7 * LEAF_BYTES + 5)
+    running = RunningChecksum()
+    for part in data.split([LEAF_BYTES, 4 * LEAF_BYTES, 2 * LEAF_BYTES + 5]):
+        running.update(part)
+    assert running.text() == checksum_of(data)
+    with pytest.raises(ValueError, match="only the last part may be of other than whole 16384 bytes"):
+        running.update(data)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"state_dtype": {"exp_avg": "int8"}}),
+        (torch.bfloat16, {"master_weights": True}),
+        (torch.bfloat16, {"master_weights": True, "state_dtype": "bf16"}),
+        (torch.bfloat16, {"master_weights": True, "state_dtype": "int8"}),
+        (torch.float16, {"master_weights": True}),
+        (torch.bfloat16, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_a_store_has_those_of_its_files(make: Any, dtype: torch.dtype, fields: dict[str, Any], store: Path) -> None:
+    """Also where an update goes on with bytes that were hashed: then a read would fail, too."""
+    if make is torch.optim.Adafactor and "state_dtype" in fields:
+        fields = {**fields, "state_dtype": "bf16"}
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in [(300_017,), (211, 127), (5,), (64, 64, 3)]]
+    # Units of more than a leaf, of which some stay in memory from step to step.
+    memory = "8MiB" if make is torch.optim.Adafactor else "768KiB"
+    optimizer = OffloadOptimizer(make(parameters), store, host_memory=memory, checksum="read", **fields)
+    with optimizer:
+        for step in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter) if step != 2 or parameter.dim() != 2 else None
+            optimizer.step()
+            if step % 2:
+                optimizer.snapshot()
+        assert make is torch.optim.Adafactor or optimizer.stats.bytes_read
+    folder = store / "rank-00000-of-00001"
+    layout = read_manifest(folder / MANIFEST).state
+    assert layout is not None
+    for unit in layout.units:
+        data = (folder / "units" / unit.file).read_bytes()[unit.data_start :]
+        assert len(data) == unit.nbytes
+        assert unit.checksum == reference(data)
