@@ -43,23 +43,29 @@ class RunningChecksum:
 
     def __init__(self) -> None:
         self._hasher = xxhash.xxh3_128()
-        self._is_at_leaf = True
+        self._rest = torch.empty(0, dtype=torch.uint8)  # less than a leaf
 
     def update(self, part: torch.Tensor) -> None:
-        """Go on with a contiguous CPU tensor. Raises ValueError unless those before it are of whole leaves."""
-        if not self._is_at_leaf:
-            raise ValueError(f"only the last part may be of other than whole {LEAF_BYTES} bytes")
-        self._is_at_leaf = part.nbytes % LEAF_BYTES == 0
-        self._hasher.update(_C.LeafHashes(part.data_ptr(), part.nbytes).finish(torch.get_num_threads()))
+        """Go on with a 1-D, contiguous uint8 tensor on the CPU. Its memory may be used again then."""
+        data = torch.cat([self._rest, part]) if len(self._rest) else part
+        whole = len(data) // LEAF_BYTES * LEAF_BYTES
+        self._hasher.update(_leaves(data[:whole]))
+        self._rest = data[whole:].clone()
 
     def text(self) -> str:
-        """The checksum of all parts."""
-        return _text(self._hasher)
+        """The checksum of all parts up to now."""
+        hasher = self._hasher.copy()
+        hasher.update(_leaves(self._rest))
+        return _text(hasher)
 
 
 def checksum_of(data: torch.Tensor) -> str:
     """The checksum of a contiguous CPU tensor's bytes. Lets go of the GIL."""
-    return Checksum(data).text()
+    return _text(xxhash.xxh3_128(_leaves(data)))
+
+
+def _leaves(data: torch.Tensor) -> bytes:
+    return _C.LeafHashes(data.data_ptr(), data.nbytes).finish(torch.get_num_threads())
 
 
 def _text(hasher: xxhash.xxh3_128) -> str:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from .aio import AioHandle
 
 CHUNK_BYTES = 8 << 20
-"""Of a file that is read from beginning to end: it is not to take more memory than this, however large its unit is.
-Whole leaves of a checksum."""
+"""Of a file that is read from beginning to end: it is not to take more memory than this, however large its unit is."""
 
 
 def check_storable(tensor: StateTensor) -> None:

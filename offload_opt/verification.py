@@ -23,7 +23,7 @@ from .manifest import Manifest, UnitRecord, decode_mapping, decode_value
 from .unit_file import check_files, unit_header
 from .units import SwapUnit
 
-_CHUNK = 8 << 20  # whole leaves of checksums
+_CHUNK = 8 << 20
 _DEPTH = 3  # chunks in memory: while one is looked at, the next two are read
 _TRIES = 5
 

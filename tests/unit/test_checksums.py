@@ -64,14 +64,17 @@ def test_a_part_that_was_added_is_not_looked_at_again() -> None:
     assert checksum.text() == checksum_of(old) != checksum_of(data)
 
 
-def test_parts_one_after_the_other() -> None:
+@pytest.mark.parametrize("parts", [[LEAF_BYTES, 4 * LEAF_BYTES], [1, LEAF_BYTES, 5, 3 * LEAF_BYTES - 7], [0, 0], []])
+def test_parts_one_after_the_other(parts: list[int]) -> None:
     data = random_bytes(7 * LEAF_BYTES + 5)
     running = RunningChecksum()
-    for part in data.split([LEAF_BYTES, 4 * LEAF_BYTES, 2 * LEAF_BYTES + 5]):
-        running.update(part)
-    assert running.text() == checksum_of(data)
-    with pytest.raises(ValueError, match="only the last part may be of other than whole 16384 bytes"):
-        running.update(data)
+    begin = 0
+    for size in [*parts, len(data) - sum(parts)]:
+        buffer = data[begin : begin + size].clone()
+        begin += size
+        running.update(buffer)
+        buffer.zero_()
+        assert running.text() == checksum_of(data[:begin])
 
 
 @pytest.mark.parametrize(
