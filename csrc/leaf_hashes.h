@@ -14,7 +14,7 @@ class LeafHashes {
  public:
   static constexpr std::size_t kBytes = std::size_t{1} << 14;
 
-  // Looks at nothing yet. The memory must outlive what is called here, but for add().
+  // Looks at nothing yet. The memory must outlive what is called here.
   LeafHashes(const void* data, std::size_t size);
 
   // Hashes the leaves that lie in the bytes of `part` as a whole; what is not in the memory is left out. These bytes

@@ -38,8 +38,8 @@ class BufferPool:
         self._handle = handle
         self._limit = limit
         self._regions: list[torch.Tensor] = []
+        self._buffers: list[PinnedBuffer] = []
         self._free: list[PinnedBuffer] = []
-        self._made = 0
         self.buffer_size = 0
 
     @property
@@ -50,12 +50,12 @@ class BufferPool:
     @property
     def free(self) -> int:
         """How many buffers can be taken, made or not."""
-        return len(self._free) + self.capacity - self._made
+        return len(self._free) + self.capacity - len(self._buffers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that there are now."""
-        return self._made * self.buffer_size
+        return len(self._buffers) * self.buffer_size
 
     def fit(self, nbytes: int) -> None:
         """Make buffers large enough for ``nbytes``. All buffers must have been given back, and be out of use."""
@@ -65,21 +65,22 @@ class BufferPool:
 
     def reserve(self, count: int) -> None:
         """Make buffers until ``count`` are free to be taken, or there are as many as there can be."""
-        count = min(count - len(self._free), self.capacity - self._made)
+        count = min(count - len(self._free), self.capacity - len(self._buffers))
         if count <= 0:
             return
         needed = count * self.buffer_size
         whole = -(-needed // _HUGE_PAGE) * _HUGE_PAGE
         others = sum(region.nbytes for region in self._regions)
-        others += (self.capacity - self._made - count) * self.buffer_size  # still to be made
+        others += (self.capacity - len(self._buffers) - count) * self.buffer_size  # still to be made
         if needed >= _HUGE_PAGE and whole + others <= self._limit:
             needed = whole
         region = self._handle.new_cpu_locked_tensor(needed, torch.empty(0, dtype=torch.uint8))
         self._regions.append(region)
         self._handle.exclude_from_fork(region)
         parts = torch.split(region[: count * self.buffer_size], self.buffer_size)
-        self._free.extend(map(PinnedBuffer, parts))
-        self._made += count
+        made = list(map(PinnedBuffer, parts))
+        self._buffers += made
+        self._free += made
 
     def take(self) -> PinnedBuffer | None:
         """A buffer, of those not used for the longest time, or None when none is free that was made."""
@@ -89,10 +90,20 @@ class BufferPool:
         """Return a buffer, which a transfer may still be using."""
         self._free.append(buffer)
 
+    def take_back(self) -> None:
+        """Have every buffer again, also those that nobody gave back. No transfer may be using one.
+
+        Not released and made anew: what failed may still be looked at, in a traceback for example, with a buffer in it,
+        and the memory of all of them would stay beside the new one.
+        """
+        for buffer in self._buffers:
+            buffer.last_use = None
+        self._free = self._buffers.copy()
+
     def release(self) -> None:
         """Free all memory. No transfer may be using it."""
         for region in self._regions:
             self._handle.free_cpu_locked_tensor(region)
         self._regions.clear()
+        self._buffers.clear()
         self._free.clear()
-        self._made = 0

@@ -371,7 +371,7 @@ class SwapManager:
         self._store.abandon_commit()
         self._ring.clear()
         self._writes.clear()
-        self._release()
+        self._pool.take_back()
         for unit in self.units:
             unit.state, unit.is_dirty = UnitState.ON_DISK, False
 

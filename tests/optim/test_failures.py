@@ -17,7 +17,9 @@ from offload_opt import (
     OffloadError,
     OffloadOptimizer,
     StepFailedError,
+    aio,
 )
+from offload_opt.inner import InnerOptimizer
 from tests import scripts
 from tests.optim.support import HOST_MEMORY, Pair, adam, parameters
 
@@ -185,3 +187,20 @@ def test_public_names() -> None:
     for name in offload_opt.__all__:
         assert getattr(offload_opt, name) is not None
     assert offload_opt.__version__.count(".") == 2
+
+
+def test_an_error_that_is_held_does_not_hold_a_second_set_of_buffers(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with OffloadOptimizer(adam(parameters()), store, host_memory=HOST_MEMORY) as optimizer:
+        optimizer.step()
+        optimizer.snapshot()
+        before = dict(aio._locked)
+        with monkeypatch.context() as patch:
+            patch.setattr(InnerOptimizer, "step_on", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError) as held:
+                optimizer.step()
+        optimizer.restore()
+        optimizer.step()
+        assert held.value.__traceback__ is not None
+        assert aio._locked == before
