@@ -42,6 +42,8 @@ void LeafHashes::add(const std::vector<std::span<const std::byte>>& parts, unsig
     const auto [first, last] = within(part);
     for (std::size_t leaf = first; leaf < last; ++leaf) leaves.push_back(leaf);
   }
+  std::sort(leaves.begin(), leaves.end());  // no leaf twice: two threads would write its hash
+  leaves.erase(std::unique(leaves.begin(), leaves.end()), leaves.end());
   hash_all(leaves, threads);
 }
 

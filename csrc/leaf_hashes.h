@@ -17,11 +17,11 @@ class LeafHashes {
   // Looks at nothing yet. The memory must outlive what is called here.
   LeafHashes(const void* data, std::size_t size);
 
-  // Hashes the leaves that lie in the bytes of `part` as a whole; what is not in the memory is left out. These bytes
-  // must stay as they are. Any thread, while no other has a part with bytes of the same leaf.
+  // Hashes the leaves that lie in the bytes of `part` as a whole, which must stay as they are. A part that is not
+  // wholly in the memory is left out. Any thread, while no other has a part with the same leaf as a whole.
   void add(std::span<const std::byte> part);
 
-  // The same of several parts on up to `threads` threads.
+  // The same of several parts, which may overlap, on up to `threads` threads.
   void add(const std::vector<std::span<const std::byte>>& parts, unsigned threads);
 
   // The hashes of all leaves, in order.

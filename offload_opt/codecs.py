@@ -309,7 +309,7 @@ _FORMATS: dict[StateCodec, int] = {Bf16(): 0, Int8(is_signed=True): 1, Int8(is_s
 _NO_TIES = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
-def _loops(codings: Sequence[Coding]) -> list[tuple[Sequence[int], int, torch.device]]:
+def _loops(codings: Sequence[Coding]) -> list[tuple[list[int], int, torch.device]]:
     """The positions of codings of one length, their length and device: one group but for parameters updated whole.
 
     Raises ValueError where they cannot be of one run.
