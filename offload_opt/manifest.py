@@ -8,7 +8,6 @@ by ``Layout.units``. Nothing is unpickled.
 from __future__ import annotations
 
 import base64
-import ctypes
 import itertools
 import math
 import os
@@ -211,11 +210,6 @@ class _Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def checksum(data: bytes) -> str:
     """The checksum of a manifest's body: 128 bits of XXH3."""
     return f"xxh3_128:{xxhash.xxh3_128(data).hexdigest()}"
-
-
-def bytes_of(data: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
-    """A contiguous CPU tensor's memory, as a buffer. Valid as long as the tensor."""
-    return (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
 
 
 def read_manifest(path: Path) -> Manifest:

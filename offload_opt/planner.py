@@ -89,10 +89,11 @@ def footprint(
     buffers = min(host_memory // size, max_buffers) if size else 0
     sizes = [unit.nbytes for unit in state]
     held = kept = min(len(sizes), buffers)
-    if commits and weights:
+    if weights:
         # They go through a few buffers: free ones or, where there are too few of these, some that the ring gives up.
         given_up = max(min(_WRITE_BUFFERS, buffers) - (buffers - kept), 0)
-        kept -= given_up
+        if commits:
+            kept -= given_up
         held = min(held + max(min(_WRITE_BUFFERS, len(weights)) - given_up, 0), buffers)
     total = sum(sizes)
     read = _mean(sum(sizes[kept:]), sum(sizes[: len(sizes) - kept]))

@@ -8,6 +8,7 @@ tools (``export``), or has no name and is mapped into memory (``map_state``): wh
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import mmap
@@ -22,7 +23,7 @@ import torch
 
 from .coding import decode_run
 from .folders import check_room, replacing
-from .manifest import DTYPES, bytes_of
+from .manifest import DTYPES
 from .units import PAGE, Piece, StateTensor, SwapUnit, is_row_major
 
 # Smaller tensors are read into memory, so that they do not keep the file.
@@ -144,7 +145,7 @@ def _decode_range(
         values = torch.empty(end - begin, dtype=torch.float32)
         first, last = piece.start + begin, piece.start + end
         decode_run(piece, stored, parts, first, None if weight is None else weight[first:last], values)
-        os.pwrite(target, bytes_of(values), offset + begin * values.itemsize)
+        os.pwrite(target, _bytes_of(values), offset + begin * values.itemsize)
 
 
 def _copy_range(source: int, begin: int, target: int, offset: int, nbytes: int, path: Path) -> None:
@@ -183,4 +184,9 @@ def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
     """Write a tensor's bytes, in the order of its dimensions."""
     tensor = tensor.detach().cpu().contiguous()  # has to live until its memory is written
     if tensor.nbytes:
-        file.write(memoryview(bytes_of(tensor)))
+        file.write(memoryview(_bytes_of(tensor)))
+
+
+def _bytes_of(data: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    """A contiguous CPU tensor's memory, as a buffer. Valid as long as the tensor."""
+    return (ctypes.c_char * data.nbytes).from_address(data.data_ptr())

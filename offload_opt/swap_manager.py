@@ -144,7 +144,7 @@ class SwapManager:
         """
         self.check()
         with self.failing():
-            while units and self._ring and self._pool.free < min(_WRITE_BUFFERS, self._pool.capacity):
+            while units and self._ring and self._pool.available < min(_WRITE_BUFFERS, self._pool.capacity):
                 self._evict_last()
             self._reserve(min(_WRITE_BUFFERS, len(units)))
             for unit in units:

@@ -48,9 +48,9 @@ def test_buffers_lie_apart_and_within_the_limit(seed: int) -> None:
         pool.fit(size)
         assert pool.capacity == min(limit // size, 256)
         taken: list[PinnedBuffer] = []
-        while pool.free:
+        while pool.available:
             count = rng.randint(1, 4)
-            expected = min(count, pool.free)
+            expected = min(count, pool.available)
             pool.reserve(count)
             new = take_all(pool)
             assert len(new) == expected
@@ -65,7 +65,7 @@ def test_buffers_lie_apart_and_within_the_limit(seed: int) -> None:
         del taken
         pool.release()
         assert not handle.sizes
-        assert pool.free == pool.capacity
+        assert pool.available == pool.capacity
 
 
 @pytest.mark.parametrize("size", [HUGE + PAGE, HUGE - PAGE, 3 * HUGE // 2, 64 * PAGE])

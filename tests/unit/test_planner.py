@@ -108,6 +108,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"durability": "step", "persist_params": True, "host_memory": "8MiB"},
     {"durability": "step", "persist_params": True, "unit_size": "16KiB", "host_memory": "8MiB"},
     {"durability": "snapshot", "persist_params": True, "unit_size": "80KiB"},
+    {"durability": "snapshot", "persist_params": True, "unit_size": "16KiB", "host_memory": "8MiB"},
+    {"durability": "snapshot", "persist_params": True, "host_memory": "8MiB"},
     {"host_memory": "1MiB"},
     {"host_memory": "8MiB"},
     {"state_dtype": "bf16"},
