@@ -262,39 +262,48 @@ py::list engines() {
   return rows;
 }
 
-// (format, address of values, of stored, of beside, key, address of ties, their number, position), as in coding.h.
-using CodingTuple = std::tuple<unsigned, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uint64_t, std::uintptr_t,
+// (format, count, address of values, of stored, of beside, of ties, their number, position), as in coding.h.
+using CodingTuple = std::tuple<unsigned, std::size_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
                                std::size_t, std::size_t>;
 
 std::vector<Coding> codings_of(const std::vector<CodingTuple>& tuples) {
   std::vector<Coding> codings;
   codings.reserve(tuples.size());
-  for (const auto& [format, values, stored, beside, key, ties, tie_count, position] : tuples) {
-    codings.push_back({static_cast<Format>(format), reinterpret_cast<float*>(values), reinterpret_cast<void*>(stored),
-                       reinterpret_cast<void*>(beside), key, reinterpret_cast<const std::int32_t*>(ties), tie_count,
-                       position});
+  for (const auto& [format, count, values, stored, beside, ties, tie_count, position] : tuples) {
+    codings.push_back({.format = static_cast<Format>(format),
+                       .count = count,
+                       .values = reinterpret_cast<float*>(values),
+                       .stored = reinterpret_cast<void*>(stored),
+                       .beside = reinterpret_cast<void*>(beside),
+                       .ties = reinterpret_cast<const std::int32_t*>(ties),
+                       .tie_count = tie_count,
+                       .position = position});
   }
   return codings;
 }
 
-// Addresses, and lengths in elements: codecs.py has checked them.
+// Whoever calls vouches for addresses and lengths.
 void bind_codings(py::module_& module) {
   module.def(
       "decode",
-      [](const std::vector<CodingTuple>& codings, std::size_t count, unsigned threads) {
-        without_gil([&] { decode(codings_of(codings), count, threads); });
+      [](const std::vector<CodingTuple>& codings, unsigned threads) {
+        without_gil([&] { decode(codings_of(codings), threads); });
       },
-      py::arg("codings"), py::arg("count"), py::arg("threads"));
+      py::arg("codings"), py::arg("threads"));
   module.def(
       "encode",
-      [](const std::vector<CodingTuple>& codings, std::size_t count, std::uint64_t first, unsigned threads,
-         LeafHashes* hashes) {
-        const Found found = without_gil([&] { return encode(codings_of(codings), count, first, threads, hashes); });
+      [](const std::vector<CodingTuple>& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first,
+         unsigned threads, LeafHashes* hashes) {
+        const Found found = without_gil([&] {
+          std::vector<Coding> codings = codings_of(tuples);
+          for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
+          return encode(codings, first, threads, hashes);
+        });
         const py::bytes ties(reinterpret_cast<const char*>(found.ties.data()),
                              found.ties.size() * sizeof(std::int32_t));
         return py::make_tuple(found.coding, found.negative, ties);
       },
-      py::arg("codings"), py::arg("count"), py::arg("first"), py::arg("threads"), py::arg("hashes"));
+      py::arg("codings"), py::arg("keys"), py::arg("first"), py::arg("threads"), py::arg("hashes"));
   module.def("thread_count", &thread_count, py::arg("threads"));
 }
 

@@ -67,40 +67,47 @@ void hash_part(const Coding& coding, std::size_t begin, std::size_t end, LeafHas
   hashes.add({from<const std::byte>(coding.stored, begin * size), (end - begin) * size});
 }
 
-}  // namespace
-
-void decode(const std::vector<Coding>& codings, std::size_t count, unsigned threads) {
-  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
-    for (const Coding& coding : codings) decode_part(coding, begin, end);
-  });
+// Calls `part(i, begin, end)` on up to `threads` threads for parts of all codings.
+template <typename Part>
+void in_parts(const std::vector<Coding>& codings, unsigned threads, const Part& part) {
+  for (std::size_t first = 0, last = 0; first < codings.size(); first = last) {
+    const std::size_t count = codings[first].count;
+    while (last < codings.size() && codings[last].count == count) ++last;
+    in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = first; i < last; ++i) part(i, begin, end);
+    });
+  }
 }
 
-Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads,
-             LeafHashes* hashes) {
+}  // namespace
+
+void decode(const std::vector<Coding>& codings, unsigned threads) {
+  in_parts(codings, threads,
+           [&](std::size_t i, std::size_t begin, std::size_t end) { decode_part(codings[i], begin, end); });
+}
+
+Found encode(const std::vector<Coding>& codings, std::uint64_t first, unsigned threads, LeafHashes* hashes) {
   std::mutex mutex;
   std::exception_ptr error;
-  Found found{codings.size(), count, {}};
-  const auto part = [&](std::size_t begin, std::size_t end) {
+  Found found{codings.size(), 0, {}};
+  const auto part = [&](std::size_t i, std::size_t begin, std::size_t end) {
     std::vector<std::int32_t> ties;
-    for (std::size_t i = 0; i < codings.size(); ++i) {
-      const std::size_t negative = encode_part(codings[i], begin, end, first, ties);
-      if (hashes != nullptr) hash_part(codings[i], begin, end, *hashes);
-      if (negative == end - begin) continue;
-      const std::lock_guard lock(mutex);
-      if (std::pair(i, begin + negative) < std::pair(found.coding, found.negative)) {
-        found.coding = i;
-        found.negative = begin + negative;
-      }
+    const std::size_t negative = encode_part(codings[i], begin, end, first, ties);
+    if (hashes != nullptr) hash_part(codings[i], begin, end, *hashes);
+    if (negative == end - begin && ties.empty()) return;
+    const std::lock_guard lock(mutex);
+    if (negative < end - begin && std::pair(i, begin + negative) < std::pair(found.coding, found.negative)) {
+      found.coding = i;
+      found.negative = begin + negative;
     }
     if (ties.empty()) return;
-    const std::lock_guard lock(mutex);
     // Before those of the parts behind this one.
     const auto place = std::lower_bound(found.ties.begin(), found.ties.end(), ties.front());
     found.ties.insert(place, ties.begin(), ties.end());
   };
-  in_parallel(count, threads, [&](std::size_t begin, std::size_t end) {
+  in_parts(codings, threads, [&](std::size_t i, std::size_t begin, std::size_t end) {
     try {
-      part(begin, end);
+      part(i, begin, end);
     } catch (...) {  // no memory for ties
       const std::lock_guard lock(mutex);
       error = std::current_exception();

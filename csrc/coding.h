@@ -12,7 +12,7 @@ namespace offload_opt {
 
 enum class Format : std::uint8_t { kBf16, kSigned8, kNonNegative8, kMaster };
 
-// One of the tensors. Its fp32 `values`, and what is stored for them, by `format` (see codec.h):
+// One of the tensors. Its fp32 `values`, `count` of them, and what is stored for them, by `format` (see codec.h):
 //   kBf16          stored: bf16
 //   kSigned8       stored: codes, beside: exponents
 //   kNonNegative8  the same
@@ -21,6 +21,7 @@ enum class Format : std::uint8_t { kBf16, kSigned8, kNonNegative8, kMaster };
 // `key`: for the rounding of what is rounded at random.
 struct Coding {
   Format format;
+  std::size_t count;
   float* values;
   void* stored;
   void* beside;
@@ -39,11 +40,10 @@ struct Found {
   std::vector<std::int32_t> ties;
 };
 
-// Both have `count` elements in each tensor, and up to `threads` threads, see parallel.h: what is stored does not
-// depend on how many. `first` is the number of the run's first element in its parameter. What is stored in the memory
-// of `hashes`, which may be null, is hashed as soon as it is there.
-void decode(const std::vector<Coding>& codings, std::size_t count, unsigned threads);
-Found encode(const std::vector<Coding>& codings, std::size_t count, std::uint64_t first, unsigned threads,
-             LeafHashes* hashes = nullptr);
+// Neighbours of one length share a loop, on up to `threads` threads, see parallel.h: what is stored does not depend on
+// how many. `first` is the number of the run's first element in its parameter. What is stored in the memory of
+// `hashes`, which may be null, is hashed as soon as it is there.
+void decode(const std::vector<Coding>& codings, unsigned threads);
+Found encode(const std::vector<Coding>& codings, std::uint64_t first, unsigned threads, LeafHashes* hashes = nullptr);
 
 }  // namespace offload_opt

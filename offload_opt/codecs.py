@@ -14,11 +14,12 @@ is what costs.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -130,8 +131,7 @@ class Coding:
     """fp32 ``values`` of a run and what is ``stored`` for them, as ``codec.parts`` says.
 
     A Master has the ``weight`` beside, and belongs to a longer run, in which it begins at ``position``; to be decoded,
-    it has the ``ties`` of that, int32 and ascending, on the CPU; None is none. Everything is 1-D and contiguous. The
-    memory of the tensors is looked at now, and must stay theirs.
+    it has the ``ties`` of that, int32 and ascending, on the CPU; None is none. Everything is 1-D and contiguous.
 
     Raises TypeError for a dtype, ValueError for tensors of another number, shape or device.
     """
@@ -144,50 +144,19 @@ class Coding:
     position: int = 0
     numel: int = dataclasses.field(init=False)
     device: torch.device = dataclasses.field(init=False)
-    _addresses: tuple[int, int, int, int] = dataclasses.field(init=False, repr=False)
-    _ties_address: tuple[int, int] = dataclasses.field(default=(0, 0), init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stored", tuple(self.stored))
-        self._look()
+        object.__setattr__(self, "numel", self.values.numel())
+        object.__setattr__(self, "device", self.values.device)
         self._check()
-        if self.device.type == "cpu":
-            self._note([tensor.data_ptr() for tensor in self.stored])
 
-    @classmethod
-    def laid_out(
-        cls,
-        codec: StateCodec,
-        addresses: Sequence[int],
-        values: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        ties: torch.Tensor | None = None,
-        position: int = 0,
-    ) -> Coding:
-        """One on the CPU whose stored parts lie at ``addresses``. Nothing is checked, and the memory is not held.
-
-        For an update, which has planned where all of this lies, and makes several for each of its many chunks.
-        """
-        coding = object.__new__(cls)
-        given = {"codec": codec, "stored": (), "values": values, "weight": weight, "ties": ties, "position": position}
-        coding.__dict__.update(given)
-        coding._look()
-        coding._note(addresses)
-        return coding
-
-    def _look(self) -> None:
-        self.__dict__.update(numel=self.values.numel(), device=self.values.device)
-
-    def _note(self, stored: Sequence[int]) -> None:
-        """The addresses, once: a run is decoded, updated and encoded."""
-        beside = stored[-1] if self.weight is None else self.weight.data_ptr()
-        noted = self.__dict__
-        noted["_addresses"] = (_FORMATS[self.codec], self.values.data_ptr(), stored[0], beside)
-        noted["_ties_address"] = (0, 0) if self.ties is None else (self.ties.data_ptr(), self.ties.numel())
-
-    def native(self, key: int) -> tuple[int, int, int, int, int, int, int, int]:
-        """The tuple of csrc/bindings.cpp. Of tensors on the CPU."""
-        return (*self._addresses, key, *self._ties_address, self.position)
+    def native(self) -> NativeCoding:
+        """Of one on the CPU: good as long as this is."""
+        stored = self.stored[0].data_ptr()
+        beside = self.stored[-1] if self.weight is None else self.weight
+        place = _FORMATS[self.codec], self.numel, self.values.data_ptr(), stored, beside.data_ptr()
+        return NativeCoding(*place, *native_ties(self.ties), self.position)
 
     def _check(self) -> None:
         numel, device = self.numel, self.device
@@ -207,7 +176,29 @@ class Coding:
             raise ValueError("a master has a weight")
         _check("weight", self.weight, torch.bfloat16, device, numel)
         if self.ties is not None:
-            _check("ties", self.ties, torch.int32, _NO_TIES.device, self.ties.numel())
+            _check("ties", self.ties, torch.int32, torch.device("cpu"), self.ties.numel())
+
+
+class NativeCoding(NamedTuple):
+    """A Coding on the CPU by addresses, as csrc/bindings.cpp takes it. Nothing is checked, and no memory is held.
+
+    For an update, which has planned where everything lies, and needs several for each of its many chunks. ``beside``
+    is where the last of the stored parts lies, or a master's weight.
+    """
+
+    format: int
+    numel: int
+    values: int
+    stored: int
+    beside: int
+    ties: int = 0
+    tie_count: int = 0
+    position: int = 0
+
+
+def native_ties(ties: torch.Tensor | None) -> tuple[int, int]:
+    """The address and number of ``ties`` for a NativeCoding."""
+    return (0, 0) if ties is None else (ties.data_ptr(), ties.numel())
 
 
 class BelowZeroError(ValueError):
@@ -221,25 +212,30 @@ class BelowZeroError(ValueError):
 def decode(codings: Sequence[Coding]) -> None:
     """Fill the ``values`` of each coding with what ``encode`` stored: a master bit for bit, but for NaNs.
 
-    All is on one device, and nothing overlaps. Codings of one length share a loop. Raises ValueError where there are
+    All is on one device, and nothing overlaps. Neighbours of one length share a loop. Raises ValueError where there are
     two devices or two masters; nothing is touched then.
     """
-    for indices, numel, device in _loops(codings):
-        if device.type == "cpu":
-            _C.decode([codings[i].native(0) for i in indices], numel, torch.get_num_threads())
-        else:
-            for i in indices:
-                _reference_decode(codings[i], numel)
+    if _are_native(codings):
+        decode_native([coding.native() for coding in codings])
+    else:
+        for coding in codings:
+            _reference_decode(coding)
+
+
+def decode_native(codings: Sequence[NativeCoding]) -> None:
+    """``decode`` of what lies on the CPU and has been checked."""
+    _C.decode(codings, torch.get_num_threads())
 
 
 def encode(
     codings: Sequence[Coding], keys: Sequence[int], first: int, checksum: Checksum | None = None
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Store the ``values`` of each coding, rounded by its key, and round a master, of which there is one at most.
 
-    ``first`` is the number that the run's first element has in its parameter. Returns the ties of the master: int32,
-    on the CPU, in ascending order, counted as its ``position`` is. What is stored in the memory of ``checksum`` is
-    added to it. Raises as ``decode`` does and, with what is stored and the weight of no use then, BelowZeroError.
+    ``first`` is the number that the run's first element has in its parameter. Returns the ties of the master, if there
+    are any: int32, on the CPU, in ascending order, counted as its ``position`` is. What is stored in the memory of
+    ``checksum`` is added to it. Raises as ``decode`` does and, with what is stored and the weight of no use then,
+    BelowZeroError.
     """
     for key in keys:
         if not 0 <= key < 1 << 64:
@@ -248,22 +244,22 @@ def encode(
         raise ValueError(f"{len(keys)} keys for {len(codings)} tensors")
     if not 0 <= first <= (1 << 63) - max((coding.numel for coding in codings), default=0):
         raise ValueError(f"first is {first}")
-    ties = _NO_TIES
-    for indices, numel, device in _loops(codings):
-        if device.type == "cpu":
-            jobs = [codings[i].native(keys[i]) for i in indices]
-            hashes = None if checksum is None else checksum.native
-            failed, negative, found = _C.encode(jobs, numel, first, torch.get_num_threads(), hashes)
-            if failed < len(indices):
-                index = indices[failed]
-                raise BelowZeroError(index, first + negative, float(codings[index].values[negative]))
-            if found:
-                ties = torch.frombuffer(bytearray(found), dtype=torch.int32)
-        else:
-            for i in indices:
-                found_there = _reference_encode(codings[i], keys[i], first, i)
-                ties = ties if found_there is None else found_there
-    return ties
+    if _are_native(codings):
+        return encode_native([coding.native() for coding in codings], keys, first, checksum)
+    found = [_reference_encode(coding, keys[i], first, i) for i, coding in enumerate(codings)]
+    return next((ties for ties in found if ties is not None and len(ties)), None)
+
+
+def encode_native(
+    codings: Sequence[NativeCoding], keys: Sequence[int], first: int, checksum: Checksum | None
+) -> torch.Tensor | None:
+    """``encode`` of what lies on the CPU and has been checked."""
+    hashes = None if checksum is None else checksum.native
+    index, negative, ties = _C.encode(codings, keys, first, torch.get_num_threads(), hashes)
+    if index < len(codings):
+        value = ctypes.c_float.from_address(codings[index].values + negative * 4).value
+        raise BelowZeroError(index, first + negative, value)
+    return torch.frombuffer(bytearray(ties), dtype=torch.int32) if ties else None
 
 
 def thread_count() -> int:
@@ -297,6 +293,13 @@ def granule_of(kind: str, state_name: str) -> int:
     return 1 if codec is None else codec.granule
 
 
+def native_format(kind: str, state_name: str) -> int:
+    """The ``format`` of a NativeCoding."""
+    codec = codec_for(kind, state_name)
+    assert codec is not None
+    return _FORMATS[codec]
+
+
 @functools.lru_cache(maxsize=1024)  # of the parameters of the units that are under way
 def rounding_key(step: int, parameter: int, state_name: str) -> int:
     """The ``key`` of ``encode``: 64 bits that differ between steps, parameters and state tensors, and never change."""
@@ -306,31 +309,24 @@ def rounding_key(step: int, parameter: int, state_name: str) -> int:
 
 # The numbers of csrc/coding.h's Format.
 _FORMATS: dict[StateCodec, int] = {Bf16(): 0, Int8(is_signed=True): 1, Int8(is_signed=False): 2, Master(): 3}
-_NO_TIES = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
-def _loops(codings: Sequence[Coding]) -> list[tuple[list[int], int, torch.device]]:
-    """The positions of codings of one length, their length and device: one group but for parameters updated whole.
-
-    Raises ValueError where they cannot be of one run.
-    """
-    groups: dict[int, list[int]] = {}
-    masters = 0
-    for index, coding in enumerate(codings):
-        groups.setdefault(coding.numel, []).append(index)
-        masters += coding.weight is not None
+def _are_native(codings: Sequence[Coding]) -> bool:
+    """Whether they lie on the CPU. Raises ValueError where they cannot be of one run."""
+    for coding in codings:
         if coding.device != codings[0].device:
             raise ValueError(f"values are on {coding.device}, not {codings[0].device}")
+    masters = sum(coding.weight is not None for coding in codings)
     if masters > 1:
         raise ValueError(f"{masters} masters in one run")
-    return [(indices, numel, codings[0].device) for numel, indices in groups.items()]
+    return not codings or codings[0].device.type == "cpu"
 
 
-def _reference_decode(coding: Coding, numel: int) -> None:
+def _reference_decode(coding: Coding) -> None:
     if isinstance(coding.codec, Master):
         assert coding.weight is not None
-        ties = _NO_TIES if coding.ties is None else coding.ties - coding.position
-        ties = ties[(ties >= 0) & (ties < numel)].to(coding.values.device)
+        ties = torch.empty(0, dtype=torch.int32) if coding.ties is None else coding.ties - coding.position
+        ties = ties[(ties >= 0) & (ties < coding.numel)].to(coding.values.device)
         reference_join_master(coding.weight, coding.stored[0], ties, coding.values)
     elif isinstance(coding.codec, Int8):
         reference_decode_int8(coding.codec.is_signed, coding.stored[0], coding.stored[1], coding.values)

@@ -2,59 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .checksums import Checksum
-from .codecs import REMAINDER, BelowZeroError, Coding, codec_for, decode, encode, rounding_key
+from .codecs import (
+    REMAINDER,
+    BelowZeroError,
+    Coding,
+    NativeCoding,
+    codec_for,
+    decode,
+    encode,
+    encode_native,
+    native_ties,
+    rounding_key,
+)
 from .errors import OffloadError
-from .units import Piece, StateTensor
+from .units import CodedRun, Piece, StateTensor
 
 
 def coding_of(
     piece: Piece,
     tensor: StateTensor,
-    stored: Sequence[torch.Tensor] | Sequence[int],
+    stored: Sequence[torch.Tensor],
     values: torch.Tensor,
     begin: int,
     weight: torch.Tensor | None,
 ) -> Coding:
     """A state tensor that has a codec, from element ``begin`` of the parameter on, as codecs.py takes it; all is 1-D.
 
-    ``stored`` is what ``tensor.run`` names, or where that lies: see ``Coding.laid_out``. ``weight`` is the parameter's
-    run, which a master's remainder needs.
+    ``stored`` is what ``tensor.run`` names; ``weight`` the parameter's run, which a master's remainder needs.
     """
     codec = codec_for(tensor.codec, tensor.name)
     assert codec is not None
-    make: Callable[..., Coding] = Coding.laid_out if isinstance(stored[0], int) else Coding
     if tensor.codec != REMAINDER:
-        return make(codec, stored, values)
+        return Coding(codec, stored, values)
     if weight is None:
         raise OffloadError(f"the master of {piece.name} cannot be read, since the parameter is gone")
-    return make(codec, stored, values, weight, piece.ties, begin - piece.start)
+    return Coding(codec, stored, values, weight, piece.ties, begin - piece.start)
+
+
+def native_coding_of(
+    piece: Piece, run: CodedRun, data: int, values: torch.Tensor, begin: int, weight: int
+) -> NativeCoding:
+    """The same by addresses: the unit's bytes lie at ``data``, and the parameter's run at ``weight``."""
+    form, first, last = run.native
+    if run.tensor.codec != REMAINDER:
+        return NativeCoding(form, values.numel(), values.data_ptr(), data + first, data + last)
+    ties, count = native_ties(piece.ties)
+    position = begin - piece.start
+    return NativeCoding(form, values.numel(), values.data_ptr(), data + first, weight, ties, count, position)
 
 
 def encode_run(
     piece: Piece,
     names: Sequence[str],
-    codings: Sequence[Coding],
+    codings: Sequence[Coding] | Sequence[NativeCoding],
     begin: int,
     step: int,
     checksum: Checksum | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Store the values of ``codings``, state tensors of these names, from element ``begin`` of the parameter on.
 
-    What is stored is added to ``checksum``. Returns the ties of a master that is among them, by their positions in the
-    piece.
+    What is stored is added to ``checksum``. Returns the ties of a master that is among them, if there are any, by their
+    positions in the piece.
     """
     group, position = piece.key
     keys = [rounding_key(step, (group << 32) + position, name) for name in names]
+    store: Any = encode_native if isinstance(codings[0], NativeCoding) else encode
     try:
-        return encode(codings, keys, begin, checksum)
+        ties: torch.Tensor | None = store(codings, keys, begin, checksum)
     except BelowZeroError as error:
-        name, codec = names[error.index], codings[error.index].codec.name
+        name = names[error.index]
+        codec = next(tensor.codec for tensor in piece.tensors if tensor.name == name)
         raise OffloadError(f"{name} of {piece.name} cannot be stored as {codec}: {error}") from error
+    return ties
 
 
 def decode_run(
@@ -81,7 +106,9 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def in_memory_order(tensor: torch.Tensor, like: torch.Tensor | StateTensor) -> torch.Tensor:
     """A tensor's elements in the order of the memory of ``like``, flat; a copy where it is laid out otherwise."""
     stride = like.stride if isinstance(like, StateTensor) else like.stride()
-    tensor = tensor.detach().reshape(like.shape)
+    if tensor.shape != like.shape:
+        tensor = tensor.reshape(like.shape)
+    tensor = tensor.detach()
     if tensor.stride() != tuple(stride):
         ordered = torch.empty_strided(tuple(like.shape), tuple(stride), dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)

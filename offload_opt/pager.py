@@ -397,7 +397,7 @@ def _fill(
     coding = coding_of(piece, tensor, [part.view(data) for part in tensor.stored], values, piece.start, weight)
     ties = encode_run(piece, [tensor.name], [coding], piece.start, epoch)
     if weight is not None:
-        piece.ties = ties if len(ties) else None
+        piece.ties = ties
         flat(parameter)[run].copy_(weight)
 
 

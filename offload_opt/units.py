@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .codecs import MASTER, granule_of, stored_parts
+from .codecs import MASTER, granule_of, native_format, stored_parts
 from .config import format_bytes, format_exact
 from .errors import ConfigError
 
@@ -161,16 +161,29 @@ class ParameterPlan:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CodedRun:
+    """A run of a state tensor that has a codec, or all of it, and what is ``stored`` for it in the unit."""
+
+    tensor: StateTensor
+    stored: tuple[StateTensor, ...]
+
+    @functools.cached_property
+    def native(self) -> tuple[int, int, int]:
+        """The format's number, and where the first and the last stored part lie, in bytes from the unit's start."""
+        return native_format(self.tensor.codec, self.tensor.name), self.stored[0].offset, self.stored[-1].offset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Chunk:
     """Elements ``begin`` to ``end`` of a parameter, updated in one call, and what their piece's unit has of them.
 
-    ``exact`` are their state tensors that are stored as they are; of each of the others, ``coded`` has what is stored.
+    ``exact`` are their state tensors that are stored as they are, ``coded`` the others.
     """
 
     begin: int
     end: int
     exact: tuple[StateTensor, ...]
-    coded: tuple[tuple[StateTensor, tuple[StateTensor, ...]], ...]
+    coded: tuple[CodedRun, ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -201,7 +214,7 @@ class Piece:
         first, last = begin - self.start, end - self.start
         runs = [(tensor, tensor.stored if self.is_whole else tensor.run(first, last)) for tensor in self.tensors]
         exact = tuple(run[0] for tensor, run in runs if tensor.codec == "exact")
-        return Chunk(begin, end, exact, tuple(pair for pair in runs if pair[0].codec != "exact"))
+        return Chunk(begin, end, exact, tuple(CodedRun(*run) for run in runs if run[0].codec != "exact"))
 
     @functools.cached_property
     def master(self) -> StateTensor | None:

@@ -17,13 +17,13 @@ import torch
 
 from .aio import trim_heap
 from .checksums import Checksum
-from .codecs import MASTER, Bf16, Coding, decode
-from .coding import coding_of, encode_run, flat, in_memory_order
+from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
+from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of
 from .errors import OffloadError
 from .inner import InnerOptimizer
 from .units import Chunk, Piece, SwapUnit, is_dense
 
-_BF16 = Bf16()
+_BF16 = native_format("bf16", "gradient")
 
 Key = tuple[int, int]
 """A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
@@ -62,25 +62,30 @@ class Scratch:
         self._used = 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Loaded:
     """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
 
-    Of its state, ``views`` are the unit's bytes, and ``decoded`` the values of ``codings``, to be encoded after the
-    update; ``lent`` is what it sees of both: an optimizer may put other memory into a tensor (by ``.data``). So it is
-    with ``target`` and its ``memory``. ``weight`` is the parameter's run where ``target`` is a master.
+    ``parameter`` is the parameter's elements, flat, or where the piece is whole the parameter itself. Of its state,
+    ``views`` are the unit's bytes, and ``decoded`` the values of ``codings``, to be encoded after the update; ``lent``
+    is what it sees of both: an optimizer may put other memory into a tensor (by ``.data``). So it is with ``target``
+    and its ``memory``.
     """
 
     piece: Piece
     chunk: Chunk
-    target: torch.Tensor
+    parameter: torch.Tensor
     views: dict[str, torch.Tensor]
-    decoded: dict[str, torch.Tensor]
-    codings: list[Coding]
-    weight: torch.Tensor | None
+    target: torch.Tensor
     memory: torch.Tensor | None = None
+    decoded: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    codings: list[Any] = dataclasses.field(default_factory=list)
     lent: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run_of(self, elements: torch.Tensor) -> torch.Tensor:
+        """The chunk's part of what is as ``parameter`` is."""
+        return elements if self.piece.is_whole else elements[self.chunk.begin : self.chunk.end]
 
 
 class UnitUpdate:
@@ -105,11 +110,11 @@ class UnitUpdate:
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
         batch: list[_Loaded] = []
-        elements = 0
+        elements, enough = 0, self._inner.batch_elements(unit.device)
         for loaded in self._load_chunks(unit, work):
             batch.append(loaded)
             elements += loaded.target.numel()
-            if elements >= self._inner.batch_elements(unit.device):
+            if elements >= enough:
                 self._update_batch(batch, checksum if on_cpu else None)
                 batch, elements = [], 0
         self._update_batch(batch, checksum if on_cpu else None)
@@ -156,67 +161,79 @@ class UnitUpdate:
     def _load_chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Loaded]:
         for piece in unit.pieces:
             parameter = self._parameter(piece.key)
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None:
                 continue
-            if piece.is_whole:
-                yield self._load(piece, piece.chunks[0], parameter, parameter.grad, data)
-                continue
-            elements, gradient = flat(parameter), in_memory_order(parameter.grad, parameter)
+            if not piece.is_whole:
+                parameter, gradient = flat(parameter), in_memory_order(gradient, parameter)
+            elif piece.master is not None:
+                parameter = parameter.detach()
             for chunk in piece.chunks:
-                own, grad = elements[chunk.begin : chunk.end], gradient[chunk.begin : chunk.end]
-                if piece.master is None:
-                    own.grad = grad
-                yield self._load(piece, chunk, own, grad, data)
+                yield self._load(piece, chunk, parameter, gradient, data)
 
-    def _load(self, piece: Piece, chunk: Chunk, own: torch.Tensor, grad: torch.Tensor, data: torch.Tensor) -> _Loaded:
-        """``own`` is the parameter's run, or the parameter, and ``grad`` its gradient."""
+    def _load(
+        self, piece: Piece, chunk: Chunk, parameter: torch.Tensor, gradient: torch.Tensor, data: torch.Tensor
+    ) -> _Loaded:
+        """``gradient`` is laid out as ``_Loaded.parameter``."""
         small = piece.resident  # the value before this step, for every chunk of the piece
-        loaded = _Loaded(piece, chunk, own, {tensor.name: tensor.view(data) for tensor in chunk.exact}, {}, [], None)
-        casts: list[Coding] = []
+        loaded = _Loaded(piece, chunk, parameter, {tensor.name: tensor.view(data) for tensor in chunk.exact}, parameter)
+        self._note_codings(loaded, data)
+        grad, casts = gradient, list[Any]()
         if piece.master is not None:
-            loaded.weight = own.detach()
-            cast = self._cast(grad, own, casts)
-        weight = loaded.weight
-        if weight is not None and piece.is_whole and chunk.coded:
-            weight = flat(weight)
-        on_cpu, start = data.device.type == "cpu", data.data_ptr()
-        for tensor, run in chunk.coded:
-            values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, own.device)
-            loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
-            stored = [start + part.offset for part in run] if on_cpu else [part.view(data) for part in run]
-            loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, weight))
+            grad, casts = self._cast(loaded, gradient)
+        elif not piece.is_whole:
+            loaded.target = loaded.run_of(parameter)
+            loaded.target.grad = loaded.run_of(gradient)
+            loaded.memory = loaded.target.detach()
         codings = [*loaded.codings, *casts] if small is not None else casts
-        if codings:
+        if codings and data.is_cpu:
+            decode_native(codings)
+        elif codings:
             decode(codings)
-        if loaded.weight is not None:
+        if piece.master is not None:
             # Detached: what an optimizer may note on a parameter is not to be found on the next one.
             loaded.memory = loaded.views.pop(MASTER) if MASTER in loaded.views else loaded.decoded[MASTER]
             loaded.target = loaded.memory.detach()
             if small is None:
-                loaded.target.copy_(loaded.weight)
-            loaded.target.grad = cast
-        elif not piece.is_whole:
-            loaded.memory = own.detach()
+                loaded.target.copy_(loaded.run_of(parameter))
+            loaded.target.grad = grad
         if small is not None:
-            is_cut = len(piece.chunks) > 1
-            loaded.state.update({name: copy_value(value) for name, value in small.items()} if is_cut else small)
+            # The last chunk may have the values themselves.
+            is_last = chunk.end == piece.stop
+            loaded.state.update(small if is_last else {name: copy_value(value) for name, value in small.items()})
             paged = (*loaded.views.items(), *loaded.decoded.items())
             loaded.lent.update({name: value.detach() for name, value in paged if name != MASTER})
             loaded.state.update(loaded.lent)
         return loaded
 
-    def _cast(self, grad: torch.Tensor, own: torch.Tensor, casts: list[Coding]) -> torch.Tensor:
-        """The gradient in fp32, laid out as ``own`` where that has no gaps; once ``casts`` are decoded, if there are.
+    def _note_codings(self, loaded: _Loaded, data: torch.Tensor) -> None:
+        """Note what the unit has of the chunk's state with a codec, and where its values go. By addresses on the CPU,
+        where a tensor for each would cost as much as a tenth of the update."""
+        piece, chunk, parameter = loaded.piece, loaded.chunk, loaded.parameter
+        is_cpu, start, device = data.is_cpu, data.data_ptr(), parameter.device
+        for run in chunk.coded:
+            tensor = run.tensor
+            values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, device)
+            loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
+            if is_cpu:
+                weight = _address(parameter, chunk.begin)
+                loaded.codings.append(native_coding_of(piece, run, start, values, chunk.begin, weight))
+            else:
+                stored = [part.view(data) for part in run.stored]
+                own = None if piece.master is None else flat(loaded.run_of(parameter))
+                loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, own))
 
-        On the CPU bf16 is decoded as by the codec of this name, in one loop with the state.
-        """
-        cast = self._scratch.take(own.numel(), own.device)
-        on_cpu = grad.device.type == "cpu"
-        if on_cpu and grad.dtype == torch.bfloat16 and grad.dim() == 1 and grad.is_contiguous():
-            casts.append(Coding.laid_out(_BF16, [grad.data_ptr()], cast))
-            return cast
+    def _cast(self, loaded: _Loaded, gradient: torch.Tensor) -> tuple[torch.Tensor, list[NativeCoding]]:
+        """The gradient's run in fp32, laid out as the parameter's where that has no gaps, once the codings beside it
+        are decoded: on the CPU bf16 is decoded as by the codec of this name, in one loop with the state."""
+        begin, numel = loaded.chunk.begin, loaded.chunk.end - loaded.chunk.begin
+        cast = self._scratch.take(numel, gradient.device)
+        if gradient.is_cpu and gradient.dtype == torch.bfloat16 and gradient.dim() == 1 and gradient.is_contiguous():
+            address = _address(gradient, begin)
+            return cast, [NativeCoding(_BF16, numel, cast.data_ptr(), address, address)]
+        own = loaded.run_of(loaded.parameter)
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
-        return cast.copy_(grad)
+        return cast.copy_(loaded.run_of(gradient)), []
 
     def _update_batch(self, batch: list[_Loaded], checksum: Checksum | None) -> None:
         if not batch:
@@ -268,12 +285,12 @@ class UnitUpdate:
     def _encode(self, loaded: _Loaded, checksum: Checksum | None) -> None:
         """Store what has a codec, and round a master to its weight."""
         piece, begin = loaded.piece, loaded.chunk.begin
-        if loaded.weight is not None and MASTER not in loaded.decoded:
-            loaded.weight.copy_(loaded.target)
+        if piece.master is not None and MASTER not in loaded.decoded:
+            loaded.run_of(loaded.parameter).copy_(loaded.target)
         if loaded.codings:
-            names = [tensor.name for tensor, _ in loaded.chunk.coded]
+            names = [run.tensor.name for run in loaded.chunk.coded]
             ties = encode_run(piece, names, loaded.codings, begin, self._step, checksum)
-            if len(ties):
+            if ties is not None:
                 self._ties.append(ties)
         if loaded.chunk.end == piece.stop:
             piece.ties, self._ties = (torch.cat(self._ties), []) if self._ties else (None, [])
@@ -282,6 +299,10 @@ class UnitUpdate:
         parameter = self._groups[key[0]]["params"][key[1]]
         assert isinstance(parameter, torch.Tensor)
         return parameter
+
+
+def _address(tensor: torch.Tensor, element: int) -> int:
+    return tensor.data_ptr() + element * tensor.element_size()
 
 
 def is_large(value: Any) -> bool:

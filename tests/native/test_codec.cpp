@@ -42,10 +42,10 @@ void together(std::mt19937_64& random, std::size_t count, Rounding rounding) {
     values[i] = static_cast<float>(random() >> 40);
     master[i] = std::bit_cast<float>(random() % 3 == 0 ? 0x3F808000U : 0x3F801234U);
   }
-  std::vector<Coding> codings{{Format::kBf16, values.get(), half.get(), nullptr, rounding.key},
-                              {Format::kNonNegative8, values.get(), codes.get(), exponents.get(), rounding.key},
-                              {Format::kMaster, master.get(), remainder.get(), weight.get()}};
-  const Found found = encode(codings, count, rounding.first, 4);
+  std::vector<Coding> codings{{Format::kBf16, count, values.get(), half.get(), nullptr, rounding.key},
+                              {Format::kNonNegative8, count, values.get(), codes.get(), exponents.get(), rounding.key},
+                              {Format::kMaster, count, master.get(), remainder.get(), weight.get()}};
+  const Found found = encode(codings, rounding.first, 4);
   CHECK(found.coding == codings.size());
 
   std::vector<std::int32_t> longer{0, 4};  // those before and after it are not its own
@@ -56,7 +56,7 @@ void together(std::mt19937_64& random, std::size_t count, Rounding rounding) {
   joined.tie_count = longer.size();
   joined.position = 5;
   joined.values = back.get();
-  decode(codings, count, 4);
+  decode(codings, 4);
   for (std::size_t i = 0; i < count; ++i) CHECK(back[i] == master[i]);
 }
 
