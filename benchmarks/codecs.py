@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from offload_opt import codecs
+from offload_opt import codecs, reference
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from gpt import GPT, batches, standard_library
@@ -137,13 +137,13 @@ def other_split(mantissa: int, at_random: bool = True) -> RoundTrip:
     """int8 with another number of bits for the mantissa, or rounded to nearest."""
 
     def round_trip(values: torch.Tensor, state: str, key: int) -> torch.Tensor:
-        form = codecs._Minifloat(state not in codecs.NON_NEGATIVE, mantissa)
-        bits = codecs._blocks(codecs._bits(values))
+        form = reference.Minifloat(state not in codecs.NON_NEGATIVE, mantissa)
+        bits = reference.blocks(reference.bits_of(values))
         if at_random:
-            random = codecs._blocks(codecs._random_bits(key, 0, values.numel(), values.device))
+            random = reference.blocks(reference.random_bits(key, 0, values.numel(), values.device))
         else:
             random = torch.full_like(bits, 1 << 31)
-        return codecs._decode_blocks(form, *codecs._encode_blocks(form, bits, random)).flatten()[: values.numel()]
+        return reference.decode_blocks(form, *reference.encode_blocks(form, bits, random)).flatten()[: values.numel()]
 
     return round_trip
 
@@ -173,7 +173,7 @@ def torchao() -> RoundTrip:
 
 
 def contenders() -> dict[str, Contender]:
-    ours_8bit = 1 + 1 / codecs.BLOCK
+    ours_8bit = 1 + 1 / reference.BLOCK
     found = {
         "bf16": Contender(2, ours("bf16")),
         "bf16, to nearest": Contender(2, lambda values, state, key: values.to(torch.bfloat16).float()),

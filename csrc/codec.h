@@ -2,7 +2,7 @@
 //
 // What is rounded is rounded up or down at random, so that the mean of what is stored is the value. The random numbers
 // are counter-based: those of an element depend on the key and on the element's number alone, so a run gives the same
-// bytes whatever it is part of. codecs.py has the same arithmetic in tensor operations: the two must agree bit for bit.
+// bytes whatever it is part of. reference.py has the same in tensor operations: the two must agree bit for bit.
 //
 // coding.h runs them for several tensors at once, on all threads.
 #pragma once

@@ -7,9 +7,8 @@ numbers are counter-based: they depend on ``key`` and on an element's number alo
 bytes however the state is cut, and again after a crash.
 
 Tensors on the CPU go through the native loops (csrc/codec.cpp, coding.cpp) on torch's threads, as many as
-torch.set_num_threads allows; those on other devices through the ``reference_`` functions, which do the same in tensor
-operations, bit for bit. ``decode`` and ``encode`` take all tensors of a run at once: of a short run, waking the threads
-is what costs.
+torch.set_num_threads allows; those on other devices through reference.py, which does the same in tensor operations, bit
+for bit. ``decode`` and ``encode`` take all tensors of a run at once: of a short run, waking the threads is what costs.
 """
 
 from __future__ import annotations
@@ -18,23 +17,20 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
-from . import _C
+from . import _C, reference
 from .checksums import Checksum
 from .errors import ConfigError
+from .reference import BLOCK
 
-BLOCK = 128
-"""Elements that share an exponent in int8."""
 MASTER = "master"
 """The name under which an fp32 master weight is kept, beside the state that the optimizer makes."""
 REMAINDER = "remainder"
 """How the master of a bf16 weight is stored: as what the weight in memory lacks; see ``Master``."""
-NOT_FINITE = 255
-"""The exponent of a block of int8 that has an inf or NaN."""
 
 NON_NEGATIVE = frozenset(
     {
@@ -51,14 +47,6 @@ NON_NEGATIVE = frozenset(
     }
 )
 """torch's names of state that is never below zero. It is divided by, or multiplied, so none of it may become zero."""
-
-_LOW32 = 0xFFFFFFFF
-_MAGNITUDE = 0x7FFFFFFF
-_INF = 0x7F800000
-_QUIET = 0x00400000
-_NAN = 0x7FC00000
-# Elements that a reference function looks at together: a bound of its temporary memory, in whole blocks.
-_CHUNK = 1 << 20
 
 
 class StateCodec(Protocol):
@@ -327,11 +315,11 @@ def _reference_decode(coding: Coding) -> None:
         assert coding.weight is not None
         ties = torch.empty(0, dtype=torch.int32) if coding.ties is None else coding.ties - coding.position
         ties = ties[(ties >= 0) & (ties < coding.numel)].to(coding.values.device)
-        reference_join_master(coding.weight, coding.stored[0], ties, coding.values)
+        reference.join_master(coding.weight, coding.stored[0], ties, coding.values)
     elif isinstance(coding.codec, Int8):
-        reference_decode_int8(coding.codec.is_signed, coding.stored[0], coding.stored[1], coding.values)
+        reference.decode_int8(coding.codec.is_signed, coding.stored[0], coding.stored[1], coding.values)
     else:
-        reference_decode_bf16(coding.stored[0], coding.values)
+        reference.decode_bf16(coding.stored[0], coding.values)
 
 
 def _reference_encode(coding: Coding, key: int, first: int, index: int) -> torch.Tensor | None:
@@ -339,13 +327,13 @@ def _reference_encode(coding: Coding, key: int, first: int, index: int) -> torch
     values, stored = coding.values, coding.stored
     if isinstance(coding.codec, Master):
         assert coding.weight is not None
-        return reference_split_master(values, coding.weight, stored[0]).cpu() + coding.position
+        return reference.split_master(values, coding.weight, stored[0]).cpu() + coding.position
     if isinstance(coding.codec, Int8):
-        negative = reference_encode_int8(coding.codec.is_signed, values, stored[0], stored[1], key, first)
+        negative = reference.encode_int8(coding.codec.is_signed, values, stored[0], stored[1], key, first)
         if negative < values.numel():
             raise BelowZeroError(index, first + negative, float(values[negative]))
     else:
-        reference_encode_bf16(values, stored[0], key, first)
+        reference.encode_bf16(values, stored[0], key, first)
     return None
 
 
@@ -360,165 +348,3 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.de
     if len(shape) != 1 or not tensor.is_contiguous():
         raise ValueError(f"{name} is not 1-D and contiguous")
     raise ValueError(f"{name} has {shape[0]} elements, not {numel}")
-
-
-# The same in tensor operations. Unsigned 32-bit numbers are held in int64.
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.int32).to(torch.int64) & _LOW32
-
-
-def _floats(bits: torch.Tensor) -> torch.Tensor:
-    return bits.to(torch.int32).view(torch.float32)  # the conversion keeps the low 32 bits
-
-
-def _chunks(count: int) -> Iterator[slice]:
-    for start in range(0, count, _CHUNK):
-        yield slice(start, min(start + _CHUNK, count))
-
-
-def _random_bits(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """32 random bits for each of ``count`` elements: lowbias32 of the number and the key, as in csrc/codec.cpp."""
-    parts = []
-    while count > 0:
-        length = min(count, (1 << 32) - (first & _LOW32))  # the elements that share the high half of their number
-        x = (key + ((first >> 32) + 1) * 0x9E3779B97F4A7C15) & (1 << 64) - 1
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-        x ^= x >> 31
-        bits = torch.arange(length, dtype=torch.int64, device=device) + (first + x & _LOW32) & _LOW32
-        bits = (bits ^ bits >> 16) * 0x7FEB352D & _LOW32
-        bits = bits ^ bits >> 15 ^ x >> 32
-        bits = bits * (0x846CA68B - (1 << 32)) & _LOW32  # less 2^32, so that the product fits
-        parts.append(bits ^ bits >> 16)
-        first += length
-        count -= length
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def reference_encode_bf16(values: torch.Tensor, stored: torch.Tensor, key: int, first: int) -> None:
-    """``encode`` of a Bf16, of checked tensors on any device."""
-    for chunk in _chunks(values.numel()):
-        bits = _bits(values[chunk])
-        magnitude = bits & _MAGNITUDE
-        random = _random_bits(key, first + chunk.start, len(bits), bits.device)
-        rounded = (magnitude + (random >> 16)).clamp(max=_INF - 1)
-        special = torch.where(magnitude > _INF, magnitude | _QUIET, magnitude)
-        result = torch.where(magnitude >= _INF, special, rounded) | bits & ~_MAGNITUDE
-        stored[chunk].view(torch.int16).copy_(result >> 16)
-
-
-def reference_decode_bf16(stored: torch.Tensor, out: torch.Tensor) -> None:
-    """``decode`` of a Bf16, of checked tensors on any device."""
-    torch.bitwise_left_shift(stored.view(torch.int16).to(torch.int32), 16, out=out.view(torch.int32))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Minifloat:
-    """The numbers of csrc/codec.cpp's Minifloat."""
-
-    is_signed: bool
-    mantissa: int = 4
-
-    @property
-    def shift(self) -> int:
-        return 23 - self.mantissa
-
-    @property
-    def top(self) -> int:
-        return 127 if self.is_signed else 255
-
-    @property
-    def octaves(self) -> int:
-        return (self.top + 1 >> self.mantissa) - 2
-
-    @property
-    def least(self) -> int:
-        return self.octaves + self.mantissa + 1
-
-    def bases(self, exponents: torch.Tensor) -> torch.Tensor:
-        """(blocks, 1), from (blocks,) int64."""
-        return (exponents.clamp(min=self.least) - self.octaves << 23)[:, None]
-
-
-def _blocks(elements: torch.Tensor) -> torch.Tensor:
-    """(n,) -> (blocks, BLOCK), filled up with zeros."""
-    return torch.nn.functional.pad(elements, (0, -len(elements) % BLOCK)).view(-1, BLOCK)
-
-
-def reference_encode_int8(
-    is_signed: bool, values: torch.Tensor, codes: torch.Tensor, exponents: torch.Tensor, key: int, first: int
-) -> int:
-    """``encode`` of an Int8, of checked tensors on any device. Returns where one is below zero, or ``n``."""
-    for chunk in _chunks(values.numel()):
-        bits = _bits(values[chunk])
-        if not is_signed:
-            negative = (bits > _MAGNITUDE + 1) & (bits <= _MAGNITUDE + 1 + _INF)
-            if negative.any():
-                return int(chunk.start) + int(negative.to(torch.uint8).argmax())
-        random = _random_bits(key, first + chunk.start, len(bits), bits.device)
-        chunk_codes, chunk_exponents = _encode_blocks(_Minifloat(is_signed), _blocks(bits), _blocks(random))
-        codes[chunk].copy_(chunk_codes.flatten()[: len(bits)])
-        exponents[chunk.start // BLOCK :][: len(chunk_exponents)].copy_(chunk_exponents)
-    return values.numel()
-
-
-def _encode_blocks(form: _Minifloat, bits: torch.Tensor, random: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (blocks, BLOCK) and exponents (blocks,), all int64."""
-    magnitude = bits & _MAGNITUDE
-    largest = magnitude.amax(1)
-    exponents = (largest + ((1 << form.shift) - 1) >> 23).clamp(form.least, 254)
-    bases = form.bases(exponents)
-    even = _bits(_floats(magnitude) + _floats(bases))
-    place = torch.where(magnitude < bases, even, magnitude + (1 << 23)) - bases
-    codes = (place + (random >> 32 - form.shift) >> form.shift).clamp(max=form.top)
-    if form.is_signed:
-        codes |= (bits & ~_MAGNITUDE) >> 24
-    else:
-        codes = torch.where(magnitude == 0, 0, codes.clamp(min=1))
-    finite = largest < _INF
-    return torch.where(finite[:, None], codes, 0), torch.where(finite, exponents, NOT_FINITE)
-
-
-def reference_decode_int8(is_signed: bool, codes: torch.Tensor, exponents: torch.Tensor, out: torch.Tensor) -> None:
-    """``decode`` of an Int8, of checked tensors on any device."""
-    for chunk in _chunks(out.numel()):
-        code = _blocks(codes[chunk].to(torch.int64))
-        exponent = exponents[chunk.start // BLOCK :][: len(code)].to(torch.int64)
-        out[chunk].copy_(_decode_blocks(_Minifloat(is_signed), code, exponent).flatten()[: chunk.stop - chunk.start])
-
-
-def _decode_blocks(form: _Minifloat, codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """fp32 (blocks, BLOCK), of codes of that shape and exponents (blocks,), all int64."""
-    bases = form.bases(exponents)
-    magnitude = codes & form.top
-    place = bases + (magnitude << form.shift)
-    even = _bits(_floats(place) - _floats(bases))
-    bits = torch.where(magnitude < 1 << form.mantissa, even, place - (1 << 23))
-    if form.is_signed:
-        bits |= (codes & 0x80) << 24
-    return _floats(torch.where(exponents[:, None] == NOT_FINITE, _NAN, bits))
-
-
-def reference_split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """``encode`` of a Master, of checked tensors on any device. Returns the ties."""
-    ties = []
-    for chunk in _chunks(master.numel()):
-        bits = _bits(master[chunk])
-        rounded = bits + 0x7FFF + (bits >> 16 & 1) >> 16
-        rounded = torch.where((bits & _MAGNITUDE) > _INF, _NAN >> 16, rounded)
-        weight[chunk].view(torch.int16).copy_(rounded)
-        remainder[chunk].copy_(bits)
-        ties.append(((bits & 0x1FFFF) == 0x8000).nonzero().flatten() + chunk.start)
-    return torch.cat([master.new_empty(0, dtype=torch.int32), *(found.to(torch.int32) for found in ties)])
-
-
-def reference_join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor) -> None:
-    """``decode`` of a Master, of checked tensors on any device; ``ties`` are those of the run."""
-    for chunk in _chunks(out.numel()):
-        low = remainder[chunk].to(torch.int64) & 0xFFFF
-        high = weight[chunk].view(torch.int16).to(torch.int64) & 0xFFFF
-        out[chunk].copy_(_floats((high << 16) + low - ((low & 0x8000) << 1)))
-    bits = out.view(torch.int32)
-    bits[ties.to(torch.int64)] += 0x10000

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from offload_opt import codecs
-from offload_opt.codecs import BLOCK, Bf16, Coding, Int8, StateCodec
+from offload_opt import codecs, reference
+from offload_opt.codecs import Bf16, Coding, Int8, StateCodec
+from offload_opt.reference import BLOCK
 from tests.conftest import seed
 
 ALL: list[StateCodec] = [Bf16(), Int8(is_signed=True), Int8(is_signed=False)]
@@ -95,19 +96,19 @@ SOURCES: dict[str, Callable[[int], torch.Tensor]] = {
 def reference_encoded(codec: StateCodec, values: torch.Tensor, key: int, first: int) -> list[torch.Tensor]:
     stored = storage(codec, values.numel())
     if isinstance(codec, Int8):
-        negative = codecs.reference_encode_int8(codec.is_signed, values, *stored, key, first)
+        negative = reference.encode_int8(codec.is_signed, values, *stored, key, first)
         assert negative == values.numel()
     else:
-        codecs.reference_encode_bf16(values, *stored, key, first)
+        reference.encode_bf16(values, *stored, key, first)
     return stored
 
 
 def reference_decoded(codec: StateCodec, stored: list[torch.Tensor], numel: int) -> torch.Tensor:
     out = torch.full((numel,), 77.0)
     if isinstance(codec, Int8):
-        codecs.reference_decode_int8(codec.is_signed, *stored, out)
+        reference.decode_int8(codec.is_signed, *stored, out)
     else:
-        codecs.reference_decode_bf16(*stored, out)
+        reference.decode_bf16(*stored, out)
     return out
 
 

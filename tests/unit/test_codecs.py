@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from offload_opt import ConfigError, codecs
-from offload_opt.codecs import BLOCK, NOT_FINITE, BelowZeroError, Bf16, Coding, Int8, Master, StateCodec, rounding_key
+from offload_opt import ConfigError, codecs, reference
+from offload_opt.codecs import BelowZeroError, Bf16, Coding, Int8, Master, StateCodec, rounding_key
+from offload_opt.reference import BLOCK, NOT_FINITE
 from tests.conftest import seed
 from tests.unit.codec_values import (
     ALL,
@@ -82,7 +83,7 @@ def test_any_stored_bytes_decode_alike(codec: StateCodec) -> None:
 @every_codec
 def test_chunks_of_the_reference_leave_no_trace(codec: StateCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     values = suited(codec, torch.randn(5 * BLOCK + 3))
-    monkeypatch.setattr(codecs, "_CHUNK", 2 * BLOCK)
+    monkeypatch.setattr(reference, "_CHUNK", 2 * BLOCK)
     for ours, theirs in zip(encoded(codec, values), reference_encoded(codec, values, 1, 0), strict=True):
         assert same(ours, theirs)
 
@@ -275,7 +276,7 @@ def test_a_value_below_zero_is_named(bad: float, at: int) -> None:
     with pytest.raises(BelowZeroError, match=rf"element {1000 + at} is -.*cannot be below zero"):
         encoded(codec, values, 1, 1000)
     stored = storage(codec, 520)
-    assert codecs.reference_encode_int8(False, values, *stored, 1, 1000) == at
+    assert reference.encode_int8(False, values, *stored, 1, 1000) == at
 
 
 # What is refused.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offload_opt import codecs
+from offload_opt import codecs, reference
 from offload_opt.codecs import BelowZeroError, Bf16, Coding, Int8, Master, StateCodec
 from tests import scripts
 from tests.conftest import seed
@@ -95,7 +95,7 @@ def assert_splits(master: torch.Tensor) -> torch.Tensor:
         (torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)) for _ in "ab"
     ]
     ties = split_master(master, *parts[0])
-    assert same(codecs.reference_split_master(master, *parts[1]), ties)
+    assert same(reference.split_master(master, *parts[1]), ties)
     assert all(same(a, b) for a, b in zip(*parts, strict=True))
     weight, remainder = parts[0]
     nan = master.isnan()
@@ -104,7 +104,7 @@ def assert_splits(master: torch.Tensor) -> torch.Tensor:
     assert torch.equal(remainder, bits(master).to(torch.int16))
     out, reference_out = torch.empty_like(master), torch.empty_like(master)
     join_master(weight, remainder, ties, out)
-    codecs.reference_join_master(weight, remainder, ties, reference_out)
+    reference.join_master(weight, remainder, ties, reference_out)
     assert same(out, reference_out)
     assert same(out[~nan], master[~nan])
     assert bool(out[nan].isnan().all())

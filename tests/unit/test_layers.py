@@ -13,7 +13,7 @@ PACKAGE = "offload_opt"
 # From the bottom up. Within a layer, too, a module imports only those before it.
 LAYERS = [
     ["errors", "config", "trace", "drives"],
-    ["checksums", "codecs", "units", "coding", "planner", "inner"],
+    ["checksums", "reference", "codecs", "units", "coding", "planner", "inner"],
     ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
