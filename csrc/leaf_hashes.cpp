@@ -6,6 +6,7 @@
 #include "parallel.h"
 
 #if defined(__x86_64__)
+#define XXH_DISPATCH_SCALAR 1  // some emulators tell nothing of their processor
 #define XXH_DISPATCH_AVX512 0  // gcc 12 warns of uninitialised values in its own intrinsics
 #include <xxh_x86dispatch.c>   // a loop for AVX2, chosen when the library is loaded: 2.8 times as fast
 #else

@@ -340,7 +340,7 @@ def _reference_encode(coding: Coding, key: int, first: int, index: int) -> torch
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, numel: int) -> None:
     shape = tensor.shape
     if tensor.dtype == dtype and tensor.device == device and shape == (numel,) and tensor.is_contiguous():
-        return  # at once: every chunk of an update comes by, several times
+        return
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is of {tensor.dtype}, not {dtype}")
     if tensor.device != device:

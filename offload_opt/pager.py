@@ -242,9 +242,18 @@ class ParameterPager:
 
     def _check_as_planned(self, groups: Sequence[dict[str, Any]], key: Key, parameter: torch.Tensor) -> None:
         """Raise unless the parameter, and its gradient, are such as its state was laid out for."""
-        assert parameter.grad is not None
-        if parameter.grad.layout is not torch.strided:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.layout is not torch.strided:
             raise UnsupportedOptimizerError(f"{name_of(groups, key)} has a sparse gradient: its state cannot be paged")
+        if gradient.shape != parameter.shape or gradient.device != parameter.device:
+            raise OffloadError(
+                f"{name_of(groups, key)} has shape {tuple(parameter.shape)} on {parameter.device}, but its gradient "
+                f"{tuple(gradient.shape)} on {gradient.device}: it was changed after backward(), which must come again"
+            )
+        for what, tensor in (("", parameter), ("the gradient of ", gradient)):
+            if not _has_memory(tensor):
+                raise OffloadError(f"{what}{name_of(groups, key)} has no memory: it was released before the step")
         if key not in self.entries:
             return
         plan = self.entries[key].plan
@@ -255,6 +264,13 @@ class ParameterPager:
                 f"{plan.name} is not what its state was laid out for any more: shape, stride, dtype and device were "
                 f"{planned} and are {now}. load_state_dict(state_dict()) lays the state out anew"
             )
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie in its storage: frameworks release that, and keep the tensor."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
 
 
 def _add_pieces(entries: Mapping[Key, Entry], units: Sequence[SwapUnit]) -> None:

@@ -176,7 +176,7 @@ def split_master(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Te
 
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor, ties: torch.Tensor, out: torch.Tensor) -> None:
-    """``decode`` of a Master, of checked tensors on any device; ``ties`` are those of the run."""
+    """``decode`` of a Master; ``ties`` are those of the run."""
     for chunk in _chunks(out.numel()):
         low = remainder[chunk].to(torch.int64) & 0xFFFF
         high = weight[chunk].view(torch.int16).to(torch.int64) & 0xFFFF

@@ -21,7 +21,7 @@ class SwapStats:
     state_bytes: int = 0
     """State on disk now, padding included."""
     host_memory_bytes: int = 0
-    """What the page-locked buffers take now, less the filling of their memory up to huge pages (under 2 MiB)."""
+    """What the page-locked buffers take now, less the filling of their memory up to huge pages, under 2 MiB a time."""
 
     def copy(self) -> SwapStats:
         """The values as they are now."""

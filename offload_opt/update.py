@@ -186,7 +186,7 @@ class UnitUpdate:
             loaded.target.grad = loaded.run_of(gradient)
             loaded.memory = loaded.target.detach()
         codings = [*loaded.codings, *casts] if small is not None else casts
-        if codings and data.is_cpu:
+        if codings and _by_address(data):
             decode_native(codings)
         elif codings:
             decode(codings)
@@ -207,15 +207,14 @@ class UnitUpdate:
         return loaded
 
     def _note_codings(self, loaded: _Loaded, data: torch.Tensor) -> None:
-        """Note what the unit has of the chunk's state with a codec, and where its values go. By addresses on the CPU,
-        where a tensor for each would cost as much as a tenth of the update."""
+        """Note what the unit has of the chunk's state with a codec, and where its values go."""
         piece, chunk, parameter = loaded.piece, loaded.chunk, loaded.parameter
-        is_cpu, start, device = data.is_cpu, data.data_ptr(), parameter.device
+        by_address, start, device = _by_address(data), data.data_ptr(), parameter.device
         for run in chunk.coded:
             tensor = run.tensor
             values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, device)
             loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
-            if is_cpu:
+            if by_address:
                 weight = _address(parameter, chunk.begin)
                 loaded.codings.append(native_coding_of(piece, run, start, values, chunk.begin, weight))
             else:
@@ -228,7 +227,12 @@ class UnitUpdate:
         are decoded: on the CPU bf16 is decoded as by the codec of this name, in one loop with the state."""
         begin, numel = loaded.chunk.begin, loaded.chunk.end - loaded.chunk.begin
         cast = self._scratch.take(numel, gradient.device)
-        if gradient.is_cpu and gradient.dtype == torch.bfloat16 and gradient.dim() == 1 and gradient.is_contiguous():
+        if (
+            _by_address(gradient)
+            and gradient.dtype == torch.bfloat16
+            and gradient.dim() == 1
+            and gradient.is_contiguous()
+        ):
             address = _address(gradient, begin)
             return cast, [NativeCoding(_BF16, numel, cast.data_ptr(), address, address)]
         own = loaded.run_of(loaded.parameter)
@@ -299,6 +303,11 @@ class UnitUpdate:
         parameter = self._groups[key[0]]["params"][key[1]]
         assert isinstance(parameter, torch.Tensor)
         return parameter
+
+
+def _by_address(tensor: torch.Tensor) -> bool:
+    """Whether codings of memory like this are native ones: a tensor for each would cost a tenth of the update."""
+    return tensor.is_cpu
 
 
 def _address(tensor: torch.Tensor, element: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from offload_opt import (
     ConfigError,
     OffloadConfig,
+    OffloadError,
     OffloadOptimizer,
     StoreError,
     UnsupportedOptimizerError,
@@ -168,6 +169,47 @@ def test_a_sparse_gradient_is_refused_before_the_update(store: Path) -> None:
         with pytest.raises(UnsupportedOptimizerError, match="sparse gradient"):
             optimizer.step()
         assert torch.equal(before, embedding.weight)
+
+
+def without_memory(tensor: torch.Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("numel", [1000, 50_000], ids=["whole", "in several units"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: setattr(p, "data", torch.zeros(len(p) + 1, dtype=p.dtype)),
+            r"param_0 has shape .* but its gradient",
+        ),
+        pytest.param(
+            lambda p: setattr(p, "data", p.data.cuda()),
+            r"param_0 has shape .* on cuda:0, but its gradient .* on cpu",
+            marks=pytest.mark.gpu,
+        ),
+        (without_memory, "param_0 has no memory"),
+        (lambda p: without_memory(p.grad), "the gradient of param_0 has no memory"),
+    ],
+    ids=["longer", "elsewhere", "released", "gradient released"],
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_was_changed_after_backward_is_refused_before_the_update(
+    store: Path, numel: int, change: Any, message: str, steps: int
+) -> None:
+    parameter, other = (torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (numel, 5))
+    with OffloadOptimizer(adam([parameter, other]), store, master_weights=True, host_memory="48KiB") as optimizer:
+        for _ in range(steps):
+            for p in (parameter, other):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        for p in (parameter, other):
+            p.grad = torch.ones_like(p)
+        before = other.detach().clone()
+        change(parameter)
+        with pytest.raises(OffloadError, match=message):
+            optimizer.step()
+        assert torch.equal(other, before)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 if hasattr(O, "Muon"):
     CASES.append((O.Muon, {}))
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 
 def shapes_for(make: Any) -> list[tuple[int, ...]]:
     if make.__name__ == "Muon":
@@ -40,9 +42,16 @@ class Masters:
     """Low-precision parameters under an OffloadOptimizer, and fp32 masters in memory, as one keeps them by hand."""
 
     def __init__(
-        self, make: Any, options: dict[str, Any], store: Path, dtype: torch.dtype, shapes: Any, **fields: Any
+        self,
+        make: Any,
+        options: dict[str, Any],
+        store: Path,
+        dtype: torch.dtype,
+        shapes: Any,
+        device: str = "cpu",
+        **fields: Any,
     ) -> None:
-        initial = [torch.randn(shape).to(dtype) for shape in shapes]
+        initial = [torch.randn(shape).to(device, dtype) for shape in shapes]
         if len(initial) > 7:
             initial[7] = initial[7].to(memory_format=torch.channels_last)
         self.masters = [torch.nn.Parameter(p.float()) for p in initial]
@@ -87,10 +96,11 @@ class Masters:
 
 @pytest.mark.parametrize(("make", "options"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
 def test_masters_are_bit_equal_to_masters_in_memory(
-    make: Any, options: dict[str, Any], dtype: torch.dtype, store: Path
+    make: Any, options: dict[str, Any], dtype: torch.dtype, device: str, store: Path
 ) -> None:
-    run = Masters(make, options, store, dtype, shapes_for(make))
+    run = Masters(make, options, store, dtype, shapes_for(make), device)
     for number in range(4):
         run.step(without=[1] if number == 2 else [])
     run.check()
@@ -188,13 +198,16 @@ def test_parameters_of_full_precision_have_no_master(store: Path) -> None:
 # Codecs.
 
 
-def rounded(store: Path, state_dtype: Any, steps: int = 4, reopen: bool = False, **fields: Any) -> tuple[Any, Any]:
+def rounded(
+    store: Path, state_dtype: Any, steps: int = 4, reopen: bool = False, device: str = "cpu", **fields: Any
+) -> tuple[Any, Any]:
     """The weights and the state of a run that does not depend on how it is cut, or on whether it is interrupted."""
     generator = torch.Generator().manual_seed(7)
     folder = store / f"run-{len(list(store.iterdir()))}"
     folder.mkdir()
     fields = {"host_memory": "300KiB", "durability": "step", "master_weights": True, **fields}
-    initial = [torch.randn(shape, generator=generator).bfloat16() for shape in [(100_003,), (300, 257), (130,), ()]]
+    shapes = [(100_003,), (300, 257), (130,), ()]
+    initial = [torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes]
 
     def make(parameters: list[torch.nn.Parameter]) -> OffloadOptimizer:
         return OffloadOptimizer(O.AdamW(parameters, lr=0.01), folder, state_dtype=state_dtype, **fields)
@@ -203,7 +216,7 @@ def rounded(store: Path, state_dtype: Any, steps: int = 4, reopen: bool = False,
     optimizer = make(parameters)
     for step in range(steps):
         for p in parameters:
-            p.grad = (torch.randn(p.shape, generator=generator) * 0.1).bfloat16()
+            p.grad = (torch.randn(p.shape, generator=generator) * 0.1).to(device, torch.bfloat16)
         optimizer.step()
         if reopen and step % 2:
             optimizer.close()
@@ -216,9 +229,22 @@ def rounded(store: Path, state_dtype: Any, steps: int = 4, reopen: bool = False,
 
 
 @pytest.mark.parametrize("state_dtype", ["bf16", "int8", {"exp_avg": "bf16", "exp_avg_sq": "int8"}], ids=str)
-def test_an_interrupted_run_rounds_as_one_that_was_not(store: Path, state_dtype: Any) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_interrupted_run_rounds_as_one_that_was_not(store: Path, state_dtype: Any, device: str) -> None:
+    weights, state = rounded(store, state_dtype, device=device)
+    again, state_again = rounded(store, state_dtype, device=device, reopen=True)
+    assert all(bits_equal(a, b) for a, b in zip(weights, again, strict=True))
+    assert_same_state(state, state_again)
+
+
+@pytest.mark.parametrize("state_dtype", ["exact", "bf16", "int8", {"exp_avg": "bf16", "exp_avg_sq": "int8"}], ids=str)
+def test_tensors_are_coded_as_what_is_given_by_address(
+    store: Path, state_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for parameters on other devices: the update's other way, which needs none here."""
     weights, state = rounded(store, state_dtype)
-    again, state_again = rounded(store, state_dtype, reopen=True)
+    monkeypatch.setattr("offload_opt.update._by_address", lambda tensor: False)
+    again, state_again = rounded(store, state_dtype)
     assert all(bits_equal(a, b) for a, b in zip(weights, again, strict=True))
     assert_same_state(state, state_again)
 
@@ -231,9 +257,10 @@ def test_rounding_does_not_depend_on_the_units(store: Path) -> None:
 
 
 @pytest.mark.parametrize(("state_dtype", "most"), [("bf16", 0.01), ("int8", 0.06)])
-def test_rounded_state_is_near_the_exact_one(store: Path, state_dtype: str, most: float) -> None:
-    _, exact = rounded(store, "exact")
-    _, state = rounded(store, state_dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounded_state_is_near_the_exact_one(store: Path, state_dtype: str, most: float, device: str) -> None:
+    _, exact = rounded(store, "exact", device=device)
+    _, state = rounded(store, state_dtype, device=device)
     for index, values in exact["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
             error = (state["state"][index][name] - values[name]).norm() / values[name].norm()
