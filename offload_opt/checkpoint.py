@@ -251,10 +251,10 @@ class Checkpointer:
         states: dict[Key, tuple[ParameterPlan, dict[str, Any] | None]] = {}
         for plan, record in zip(plans, manifest.state.parameters, strict=True):
             resident = decode_mapping(record.resident)
-            states[plan.key] = plan, None if resident is None else resident_from(plan.template, resident)
+            states[plan.key] = plan, None if resident is None else resident_from(plan, resident)
         for piece in (piece for unit in units for piece in unit.pieces):
             if piece.resident is not None:
-                piece.resident = resident_from(states[piece.key][0].template, piece.resident)
+                piece.resident = resident_from(states[piece.key][0], piece.resident)
         return _Found(manifest, where, folders, units, groups_then, states, decode_value(manifest.extra))
 
     def _groups_of(self, manifest: Manifest, groups: Groups, where: Path) -> list[dict[str, Any]]:

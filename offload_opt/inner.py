@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from .errors import UnsupportedOptimizerError
 from .units import Chunking, Paging, StateTemplate, StateTensor, is_dense
@@ -41,6 +42,19 @@ _CPU_LIKE = ("cpu", "meta")
 def register(optimizer_class: type[torch.optim.Optimizer], paging: Paging) -> None:
     """Say how the state of ``optimizer_class`` may be cut; see ``OffloadOptimizer.register``."""
     _OPTIMIZERS[optimizer_class] = paging
+
+
+def settled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``group`` as torch settles them for all of its parameters that have a gradient.
+
+    Where one of them is on the CPU, or of a class of its own, torch updates all of them one by one: the bits are others
+    than those of its foreach loops, which it would choose for the rest by themselves.
+    """
+    options = dict(group)
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    if options.get("foreach", True) is None and not _default_to_fused_or_foreach(parameters, False)[1]:
+        options["foreach"] = False
+    return options
 
 
 class InnerOptimizer:
@@ -79,7 +93,7 @@ class InnerOptimizer:
             probe.grad = torch.empty_like(probe)
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         try:
-            self.step_on([{**group, "params": [probe]}], state)
+            self._make_state({**group, "params": [probe]}, state)
         except (RuntimeError, NotImplementedError):
             # Without memory there are no numbers to compute with. The state is there before the first of them is asked
             # for.
@@ -99,6 +113,14 @@ class InnerOptimizer:
                 # Such as Adafactor's variance of a scalar: the optimizer keeps it where the parameter is.
                 resident[name] = torch.zeros_like(value, device=parameter.device) if is_meta else value
         return StateTemplate(paging, tuple(paged), resident, tuple(state[probe]))
+
+    def _make_state(self, group: dict[str, Any], state: defaultdict[Any, dict[str, Any]]) -> None:
+        try:
+            self.step_on([group], state)
+        except KeyError:  # the constructor makes the state, as Adagrad's before torch 2.13
+            make: Any = type(self.optimizer)
+            state.update(make([group]).state)
+            self.step_on([group], state)
 
     def shape_matters(self, parameter: torch.Tensor) -> tuple[Any, ...] | None:
         """None when the shape of the state follows the parameter's, element by element; else what it depends on."""

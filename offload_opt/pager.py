@@ -142,12 +142,12 @@ class ParameterPager:
             for piece in unit.pieces:
                 for tensor in piece.tensors:
                     _fill(piece, tensor, keyed[piece.key], parameters[piece.key], data, self.epoch)
-                piece.resident = resident_from(self.entries[piece.key].plan.template, keyed[piece.key])
+                piece.resident = resident_from(self.entries[piece.key].plan, keyed[piece.key])
 
         self._manager.walk(units, fill)
         for key, state in keyed.items():
             if not self.entries[key].pieces:
-                self.entries[key].resident = resident_from(self.entries[key].plan.template, state)
+                self.entries[key].resident = resident_from(self.entries[key].plan, state)
         self._brought = {}
 
     def replace_all(self, groups: Sequence[dict[str, Any]], states: Mapping[torch.Tensor, ParameterState]) -> None:
@@ -433,15 +433,17 @@ def _check_complete(plan: ParameterPlan, state: ParameterState) -> None:
             raise ConfigError(f"the state of {plan.name} has a tensor {name!r}, which the optimizer does not keep")
 
 
-def resident_from(template: StateTemplate, state: ParameterState) -> dict[str, Any]:
+def resident_from(plan: ParameterPlan, state: ParameterState) -> dict[str, Any]:
     """The small part of a given state, in the dtypes and on the devices that the optimizer itself uses."""
-    paged = {tensor.name for tensor in template.paged}
+    paged = {tensor.name for tensor in plan.template.paged}
     resident = {}
     for name, value in state.items():
         if name in paged:
             continue
-        example = template.resident.get(name)
+        example = plan.template.resident.get(name)
         if isinstance(example, torch.Tensor):
             value = torch.as_tensor(value).detach().to(dtype=example.dtype, device=example.device, copy=True)
+        elif isinstance(value, torch.Tensor) and value.dim() > 0:  # of an empty parameter, and as empty
+            value = value.detach().to(plan.device, copy=True)
         resident[name] = copy_value(value)
     return resident

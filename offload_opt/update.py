@@ -20,7 +20,7 @@ from .checksums import Checksum
 from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of
 from .errors import OffloadError
-from .inner import InnerOptimizer
+from .inner import InnerOptimizer, settled
 from .units import Chunk, Piece, SwapUnit, is_dense
 
 _BF16 = native_format("bf16", "gradient")
@@ -99,7 +99,7 @@ class UnitUpdate:
         self._inner = inner
         self._step = step
         self._scratch = scratch
-        self._groups = [dict(group) for group in groups]
+        self._groups = [settled(group) for group in groups]
         self._groups_after: dict[int, dict[str, Any]] = {}
         # How often each group lists a parameter, by id: torch steps it that often.
         self._listed = [Counter(map(id, group["params"])) for group in groups]
@@ -155,7 +155,7 @@ class UnitUpdate:
         """Take over what the step did to the groups' options."""
         for index, after in self._groups_after.items():
             for name, value in after.items():
-                if groups[index].get(name) is not value:
+                if self._groups[index].get(name) is not value:
                     groups[index][name] = value
 
     def _load_chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Loaded]:

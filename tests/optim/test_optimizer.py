@@ -127,3 +127,25 @@ def test_group_values_that_a_step_changes_are_changed_once(store: Path) -> None:
         pair.step()
     assert pair.offloaded.param_groups[0]["k"] == 3
     pair.check()
+
+
+class MakesItsStateAtOnce(torch.optim.Adagrad):
+    """As Adagrad does before torch 2.13: its step finds state that is there, or fails."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, lr=lr)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sum"]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_that_the_constructor_makes(store: Path, dtype: torch.dtype) -> None:
+    OffloadOptimizer.register(MakesItsStateAtOnce, "elementwise")
+    pair = Pair(MakesItsStateAtOnce, store, SHAPES, dtype)
+    for _ in range(3):
+        pair.step()
+    pair.check()
