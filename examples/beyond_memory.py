@@ -18,12 +18,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from gpt import GPT, HEAD, Formatter, batches, positive, standard_library, width
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from offload_opt import OffloadOptimizer
 from offload_opt.config import format_bytes, parse_bytes
@@ -49,11 +52,29 @@ class MastersInMemory:
             master.grad = None
 
 
+def multiply_in_fp32(model: torch.nn.Module) -> None:
+    """Have the linear layers cast a bf16 weight as they use it.
+
+    What a processor without bf16 instructions is given in bf16, torch multiplies by one thread, some fifty times as
+    slowly.
+    """
+
+    def multiply(linear: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        bias = None if linear.bias is None else linear.bias.float()
+        return F.linear(inputs.float(), linear.weight.float(), bias).to(inputs.dtype)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            # Checkpointed: backward casts the weight anew, where else an fp32 copy of all of them would be kept.
+            module.forward = partial(checkpoint, partial(multiply, module), use_reentrant=False)  # type: ignore[method-assign]
+
+
 def train(args: argparse.Namespace, way: str) -> None:
     """Train some steps one way, and say what each was."""
     torch.manual_seed(args.seed)
     torch.set_default_dtype(torch.bfloat16)  # from the beginning: in fp32 the weights alone would take 4 GB
     model = GPT(args.layers, args.width, args.width // HEAD, args.context)
+    multiply_in_fp32(model)
     parameters = list(model.parameters())
     optimizer: MastersInMemory | OffloadOptimizer
     if way == "memory":
