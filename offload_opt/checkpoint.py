@@ -37,7 +37,7 @@ from .snapshots import Snapshot, delete_older
 from .state_file import map_state
 from .store import SwapStore
 from .swap_manager import SwapManager
-from .unit_file import check_file, check_files
+from .unit_file import check_bytes, check_files, stored_units
 from .units import RING_DEPTH, ParameterPlan, SwapUnit
 from .update import Key
 from .weights import PersistedWeights, check_weights, read_weights
@@ -246,7 +246,7 @@ class Checkpointer:
         units = manifest.state.swap_units(where)
         groups_then = self._groups_of(manifest, groups, where)
         if manifest.weights is not None:
-            check_weights(manifest.weights, folders, self._handle, groups, where)
+            check_weights(manifest.weights, groups, where)
         plans = self._plans_of(manifest.state, groups_then, where)
         states: dict[Key, tuple[ParameterPlan, dict[str, Any] | None]] = {}
         for plan, record in zip(plans, manifest.state.parameters, strict=True):
@@ -255,7 +255,11 @@ class Checkpointer:
         for piece in (piece for unit in units for piece in unit.pieces):
             if piece.resident is not None:
                 piece.resident = resident_from(states[piece.key][0], piece.resident)
-        return _Found(manifest, where, folders, units, groups_then, states, decode_value(manifest.extra))
+        extra = decode_value(manifest.extra)
+        # Last, since it takes the longest: every byte, before anything is given up for it.
+        for layout in layouts:
+            check_bytes(self._handle, stored_units(layout.swap_units(where), layout.units, folders))
+        return _Found(manifest, where, folders, units, groups_then, states, extra)
 
     def _groups_of(self, manifest: Manifest, groups: Groups, where: Path) -> list[dict[str, Any]]:
         """The groups with the options of the manifest. Raises ConfigError where they cannot be the same."""
@@ -315,18 +319,12 @@ class Checkpointer:
 
     def _lay_out_anew(self, found: _Found, groups: Groups) -> None:
         """Read the state from the files that hold it into units that suit this run."""
-        folders, records = found.folders, found.manifest.state.units
         pieces: dict[Key, list[Any]] = {}
         for unit in found.units:
             for piece in unit.pieces:
                 pieces.setdefault(piece.key, []).append((unit, piece))
-        places = {
-            unit: (folders[record.folder] / "units" / record.file, record.data_start)
-            for unit, record in zip(found.units, records, strict=True)
-        }
-        if self._config.checksum == "read":
-            for unit, record in zip(found.units, records, strict=True):
-                check_file(self._handle, unit, *places[unit], record.checksum)
+        stored = stored_units(found.units, found.manifest.state.units, found.folders)
+        places = {each.unit: (each.path, each.data_start) for each in stored}
         wholes, keys, parameters = [], [], parameters_of(groups)
         for parameter in found.manifest.state.parameters:
             plan, _ = found.states[parameter.key]

@@ -122,8 +122,8 @@ class OffloadConfig:
     persist_params: bool = False
     """Whether a commit holds the weights too: all parameters of the optimizer. With master_weights it always does."""
     checksum: str = "write"
-    """``"write"``: of each unit that a commit may name, when it is written; ``"read"``: checked, too, at each read;
-    ``"off"``: none."""
+    """``"write"``: of each unit that a commit may name, when it is written; ``restore()`` checks them all. ``"read"``:
+    checked, too, at each read; ``"off"``: none."""
     aio: AioConfig | None = None
     """How transfers are cut up and queued. None: what `offload-opt tune` found for the (first) folder, else the
     defaults."""

@@ -153,7 +153,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         When it returns, the parameters are updated, and some units may still be being written.
 
         Raises:
-            OSError: A transfer failed, also one of an earlier step. After it, StepFailedError until load_state_dict().
+            OSError: A transfer failed, also one of an earlier step. After it, StepFailedError until restore() or
+                load_state_dict().
         """
         self._check_usable("step")
         self._manager.check()
@@ -282,6 +283,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def restore(self, directory: str | os.PathLike[str] | None = None) -> Any:
         """Go back to the store's last commit or, with a ``directory``, to the snapshot there. Returns its ``extra``.
 
+        Every byte of it that has a checksum is read and checked first.
+
         State and options of the param groups are as they were, bit for bit, and so are the weights where the commit
         holds them (``persist_params``); else they must be set to those of the same step. What came after the commit is
         discarded. A learning rate scheduler is not part of it.
@@ -289,8 +292,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises:
             StoreError: There is no commit or snapshot, or it is damaged; the message says what and where.
             ConfigError: It is not of this optimizer or of these parameters. In both cases nothing is changed.
-            OSError: A transfer failed, or a StoreError later on: there is no room for copies of a snapshot's files. The
-                optimizer cannot be used before another ``restore()``.
+            OSError: Bytes are not those that were written, or cannot be read: nothing is changed. Or a transfer failed
+                later on (a StoreError where there is no room for copies of a snapshot's files): the optimizer cannot be
+                used before another ``restore()``.
         """
         self._check_usable("restore")
         place = None if directory is None else check_directory(directory)

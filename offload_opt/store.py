@@ -44,7 +44,7 @@ from .manifest import (
 )
 from .slots import Slots, UnitFile, UnitSlots
 from .snapshots import FilePair, link_or_copy
-from .unit_file import check_file, check_unit
+from .unit_file import StoredUnit, check_bytes, check_unit
 from .units import StateTensor, SwapUnit
 
 if TYPE_CHECKING:
@@ -184,9 +184,11 @@ class SwapStore:
     def check_stored(self, units: Iterable[SwapUnit]) -> None:
         """With ``checksum="read"``: raise OSError unless the files have the bytes that were written to them."""
         if self._checksum == "read":
-            for unit in dict.fromkeys(units):
-                slots = self._units.slots[unit]
-                check_file(self._handle, unit, slots.current.path, slots.data_start, slots.current.checksum)
+            slots = {unit: self._units.slots[unit] for unit in units}
+            check_bytes(
+                self._handle,
+                (StoredUnit(u, s.current.path, s.data_start, s.current.checksum) for u, s in slots.items()),
+            )
 
     def new_checksum(self, unit: SwapUnit, data: torch.Tensor) -> Checksum | None:
         """For what ``write`` will be given, to add parts of it beforehand. None where checksums are off."""

@@ -6,11 +6,14 @@ Tensors that are not contiguous, and runs of a larger tensor, are stored flat, i
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,7 @@ from .manifest import DTYPES, UnitRecord
 from .units import PAGE, StateTensor, SwapUnit, is_row_major
 
 if TYPE_CHECKING:
-    from .aio import AioHandle
+    from .aio import AioHandle, IoFuture
 
 CHUNK_BYTES = 8 << 20
 """Of a file that is read from beginning to end: it is not to take more memory than this, however large its unit is."""
@@ -47,18 +50,48 @@ def check_files(units: Sequence[UnitRecord], folders: Sequence[Path]) -> None:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, and should have {expected}: it was changed")
 
 
-def check_file(handle: AioHandle, unit: SwapUnit, path: Path, data_start: int, expected: str | None) -> None:
-    """Read a unit from its file, through a small buffer, and raise OSError where its bytes are not what was written."""
-    if expected is None:
-        return
-    checksum = RunningChecksum()
-    data = torch.empty(min(unit.nbytes, CHUNK_BYTES), dtype=torch.uint8)
-    for begin in range(0, unit.nbytes, CHUNK_BYTES):
-        part = data[: min(CHUNK_BYTES, unit.nbytes - begin)]
-        handle.sync_pread(part, path, data_start + begin)
+@dataclasses.dataclass(frozen=True)
+class StoredUnit:
+    """A unit, its file, where in that its bytes start, and the checksum that they had, if one was made."""
+
+    unit: SwapUnit
+    path: Path
+    data_start: int
+    checksum: str | None
+
+
+def stored_units(units: Sequence[SwapUnit], records: Sequence[UnitRecord], folders: Sequence[Path]) -> list[StoredUnit]:
+    """The units of a manifest, in its folders."""
+    return [
+        StoredUnit(unit, folders[record.folder] / "units" / record.file, record.data_start, record.checksum)
+        for unit, record in zip(units, records, strict=True)
+    ]
+
+
+def check_bytes(handle: AioHandle, stored: Iterable[StoredUnit]) -> None:
+    """Read units from their files, through small buffers, and raise OSError where one is not what was written."""
+    buffers = itertools.cycle([torch.empty(CHUNK_BYTES // 2, dtype=torch.uint8) for _ in range(2)])
+    flight: deque[tuple[StoredUnit, RunningChecksum, torch.Tensor, IoFuture, bool]] = deque()
+
+    def finish_first() -> None:
+        each, checksum, part, future, is_last = flight.popleft()
+        future.wait()
         checksum.update(part)
-    if checksum.text() != expected:
-        raise _damaged(unit, path)
+        if is_last and checksum.text() != each.checksum:
+            raise _damaged(each.unit, each.path)
+
+    for each in stored:
+        if each.checksum is None:
+            continue
+        checksum, nbytes = RunningChecksum(), each.unit.nbytes
+        for begin in range(0, nbytes, CHUNK_BYTES // 2):
+            if len(flight) == 2:  # while one is hashed, the next one is read
+                finish_first()
+            part = next(buffers)[: nbytes - begin]
+            future = handle.async_pread(part, each.path, each.data_start + begin)
+            flight.append((each, checksum, part, future, begin + part.nbytes == nbytes))
+    while flight:
+        finish_first()
 
 
 def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:

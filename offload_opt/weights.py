@@ -16,7 +16,7 @@ from .manifest import DTYPES, Layout, ParameterRecord, tensor_records
 from .pager import name_of, parameters_of
 from .store import SwapStore
 from .swap_manager import SwapManager
-from .unit_file import CHUNK_BYTES, check_file
+from .unit_file import CHUNK_BYTES
 from .units import (
     Chunking,
     Paging,
@@ -103,15 +103,8 @@ def plan_weights(groups: Sequence[Mapping[str, Any]]) -> list[ParameterPlan]:
     return plans
 
 
-def check_weights(
-    layout: Layout, folders: Sequence[Path], handle: AioHandle, groups: Sequence[Mapping[str, Any]], where: Path
-) -> None:
-    """Check, before the parameters are touched, what ``read_weights`` is to read.
-
-    Raises:
-        ConfigError: The layout does not have just the parameters of ``groups``, in their shapes and dtypes.
-        OSError: Bytes are damaged. StoreError: the layout is.
-    """
+def check_weights(layout: Layout, groups: Sequence[Mapping[str, Any]], where: Path) -> None:
+    """Raise ConfigError unless the layout has just the parameters of ``groups``, in their shapes and dtypes."""
     now = {plan.key: (plan.shape, plan.stride, DTYPES[plan.dtype]) for plan in plan_weights(groups)}
     then: dict[Key, Any] = {record.key: (record.shape, record.stride, record.dtype) for record in layout.parameters}
     names = {record.key: record.name for record in layout.parameters}
@@ -122,8 +115,6 @@ def check_weights(
                 f"{where} does not hold these weights: (shape, stride, dtype) of {name} are {then.get(key)} there and "
                 f"{now.get(key)} in the optimizer"
             )
-    for unit, record in zip(layout.swap_units(where), layout.units, strict=True):
-        check_file(handle, unit, folders[record.folder] / "units" / record.file, record.data_start, record.checksum)
 
 
 @torch.no_grad()

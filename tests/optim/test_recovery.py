@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from offload_opt import ConfigError, OffloadOptimizer, StepFailedError, StoreError
 from tests import scripts
-from tests.optim.support import HOST_MEMORY, SHAPES, Pair, Resumed, adam
+from tests.optim.support import HOST_MEMORY, SHAPES, Pair, Resumed, adam, bits_equal
 
 
-def flip_a_byte(file: Path) -> None:
+def flip_a_byte(file: Path, position: int = 4096 + 100) -> None:
     content = bytearray(file.read_bytes())
-    content[4096 + 100] ^= 1
+    content[position] ^= 1
     file.write_bytes(content)
 
 
@@ -30,6 +30,14 @@ def committed_files(store: Path) -> list[Path]:
     """The unit files that the last commit names."""
     manifest = next(store.glob("*/MANIFEST.json")).read_text()
     return sorted(file for file in store.glob("*/units/*") if f'"{file.name}"' in manifest)
+
+
+def state_and_weights(store: Path) -> tuple[list[Path], list[Path]]:
+    """The same, apart by what is in them."""
+    files: tuple[list[Path], list[Path]] = ([], [])
+    for file in committed_files(store):
+        files[any(name.endswith(".parameter") for name in load_file(file))].append(file)
+    return files
 
 
 # What is not silently lost.
@@ -148,23 +156,18 @@ def test_after_a_failed_step(store: Path) -> None:
 # Damage.
 
 
-@pytest.mark.parametrize("what", ["step", "weights", "other units", "state_dict", "state", "export"])
-def test_a_flipped_byte_is_noticed(store: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["step", "state_dict", "state", "export"])
+def test_a_flipped_byte_is_noticed_at_each_read(store: Path, what: str) -> None:
     pair = Resumed(adam, store, SHAPES, checksum="read")
     pair.step()
-    pair.offloaded.close()
-    weights = {file for file in committed_files(store) if "param_0.parameter" in next(iter(load_file(file)))}
-    damaged = sorted(weights if what == "weights" else set(committed_files(store)) - weights)[0]
+    pair.reopen()
+    damaged = state_and_weights(store)[0][0]
     flip_a_byte(damaged)
-    if what not in ("weights", "other units"):
-        pair.reopen()
     pair.set_gradients()
     calls = {
         "step": pair.offloaded.step,
         "state_dict": pair.offloaded.state_dict,
         "state": lambda: pair.offloaded.state[pair.parameters[0]]["exp_avg"],
-        "weights": pair.reopen,
-        "other units": lambda: pair.reopen(unit_size="20KiB"),
         "export": lambda: pair.offloaded.export_safetensors(store / "file"),
     }
     with pytest.raises(OSError, match="not those that were written") as raised:
@@ -172,6 +175,33 @@ def test_a_flipped_byte_is_noticed(store: Path, what: str) -> None:
     assert raised.value.filename == str(damaged)
     flip_a_byte(damaged)  # repaired
     pair.reopen()
+    pair.check()
+
+
+@pytest.mark.parametrize("which", ["state", "weights"])
+@pytest.mark.parametrize("fields", [{}, {"unit_size": "20KiB"}], ids=["same", "other units"])
+@pytest.mark.parametrize("source", ["store", "snapshot"])
+def test_restore_takes_up_no_damaged_byte(
+    store: Path, tmp_path: Path, which: str, fields: dict[str, Any], source: str
+) -> None:
+    """Whatever ``checksum`` is, and before anything that there is now is given up."""
+    pair = Resumed(adam, store, SHAPES, host_memory="300KiB")
+    pair.step()
+    pair.offloaded.snapshot(tmp_path / "snapshot")
+    place = None if source == "store" else tmp_path / "snapshot"
+    pair.reopen(checksum="off", **fields)
+    for damaged in (files := state_and_weights(place or store)[which == "weights"])[:: max(1, len(files) - 1)]:
+        flip_a_byte(damaged, -1)
+        with torch.no_grad():
+            pair.parameters[0].add_(1)
+        then = [parameter.detach().clone() for parameter in pair.parameters]
+        with pytest.raises(OSError, match="not those that were written") as raised:
+            pair.offloaded.restore(place)
+        assert raised.value.filename == str(damaged)
+        assert all(map(bits_equal, pair.parameters, then))
+        flip_a_byte(damaged, -1)  # repaired
+    pair.offloaded.restore(place)
+    pair.step()
     pair.check()
 
 
