@@ -235,7 +235,7 @@ class AioHandle:
         """
         memory = _allocate_locked(num_elem * example_tensor.element_size())
         if memory is None:
-            return torch.empty(0, dtype=example_tensor.dtype)
+            return torch.empty(0, dtype=example_tensor.dtype, device="cpu")
         _kept[memory.address] = memory
         return torch.frombuffer(memory, dtype=example_tensor.dtype, count=num_elem)
 

@@ -104,7 +104,7 @@ class ScratchFiles:
 
     def _allocate(self, handle: AioHandle, size: int) -> None:
         # Random: some drives and file systems compress. From a generator of its own: the user's is left alone.
-        words = torch.empty(size // 8, dtype=torch.int64)
+        words = torch.empty(size // 8, dtype=torch.int64, device="cpu")
         pattern = words.random_(generator=torch.Generator().manual_seed(0)).view(torch.uint8)
         for _ in range(_IN_FLIGHT):
             buffer = handle.new_cpu_locked_tensor(size, pattern)

@@ -74,7 +74,7 @@ class BufferPool:
         others += (self.capacity - len(self._buffers) - count) * self.buffer_size  # still to be made
         if needed >= _HUGE_PAGE and whole + others <= self._limit:
             needed = whole
-        region = self._handle.new_cpu_locked_tensor(needed, torch.empty(0, dtype=torch.uint8))
+        region = self._handle.new_cpu_locked_tensor(needed, torch.empty(0, dtype=torch.uint8, device="cpu"))
         self._regions.append(region)
         self._handle.exclude_from_fork(region)
         parts = torch.split(region[: count * self.buffer_size], self.buffer_size)

@@ -43,7 +43,7 @@ class RunningChecksum:
 
     def __init__(self) -> None:
         self._hasher = xxhash.xxh3_128()
-        self._rest = torch.empty(0, dtype=torch.uint8)  # less than a leaf
+        self._rest = torch.empty(0, dtype=torch.uint8, device="cpu")  # less than a leaf
 
     def update(self, part: torch.Tensor) -> None:
         """Go on with a 1-D, contiguous uint8 tensor on the CPU. Its memory may be used again then."""

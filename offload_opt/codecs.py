@@ -158,7 +158,7 @@ class Coding:
             if self.weight is not None:
                 raise ValueError(f"a weight, which {self.codec.name} has no use for")
             return
-        if numel >= 1 << 31:
+        if self.position + numel > 1 << 31:
             raise ValueError("positions of ties are of 32 bits: split 2^31 elements and more in parts")
         if self.weight is None:
             raise ValueError("a master has a weight")
@@ -313,7 +313,7 @@ def _are_native(codings: Sequence[Coding]) -> bool:
 def _reference_decode(coding: Coding) -> None:
     if isinstance(coding.codec, Master):
         assert coding.weight is not None
-        ties = torch.empty(0, dtype=torch.int32) if coding.ties is None else coding.ties - coding.position
+        ties = torch.empty(0, dtype=torch.int32, device="cpu") if coding.ties is None else coding.ties - coding.position
         ties = ties[(ties >= 0) & (ties < coding.numel)].to(coding.values.device)
         reference.join_master(coding.weight, coding.stored[0], ties, coding.values)
     elif isinstance(coding.codec, Int8):

@@ -457,7 +457,7 @@ def _container_limit(root: str | os.PathLike[str]) -> int | None:
 
 def _registers_with_cuda() -> bool:
     with AioHandle(quiet=True) as handle:
-        tensor = handle.new_cpu_locked_tensor(1, torch.empty(0, dtype=torch.uint8))
+        tensor = handle.new_cpu_locked_tensor(1, torch.empty(0, dtype=torch.uint8, device="cpu"))
         pinned = tensor.is_pinned()
         handle.free_cpu_locked_tensor(tensor)
     return pinned

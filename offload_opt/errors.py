@@ -20,8 +20,10 @@ class StoreError(OffloadError):
 
 
 class StepFailedError(OffloadError):
-    """An earlier error, of a transfer or an update, left the state on disk incomplete. The message says how to go on; the
-    cause is chained."""
+    """An earlier error, of a transfer or an update, left the state on disk incomplete.
+
+    The message says how to go on; the cause is chained.
+    """
 
 
 class OffloadWarning(UserWarning):

@@ -335,7 +335,7 @@ def decode_value(value: Any) -> Any:
             name, shape, text = content
             data = bytearray(base64.b64decode(text, validate=True))
             dtype = _DTYPES_BY_NAME[name]
-            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
             return flat.reshape(shape).clone()
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise StoreError(f"the manifest has a value that cannot be read: {error}") from None

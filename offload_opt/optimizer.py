@@ -100,7 +100,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
         self.extra: Any = {}
         """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
-        self._under_way = ""
         self._pid = os.getpid()
         self._folders = folders
         self._shut_down = weakref.finalize(self, _shut_down, self._pid, optimizer, self._manager, handle, store)
@@ -333,7 +332,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """
         if not self._shut_down.alive:
             return
-        self._check_alone("close")
+        self._pager.check_alone("close()")
         try:
             if not self._manager.has_failed:
                 self._manager.synchronize()
@@ -362,28 +361,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _alone(self, call: str) -> Iterator[None]:
-        """``call`` is under way: no other may begin before it has ended, and none where the optimizer is not open.
-
-        A signal handler runs between any two steps of what it interrupts, and what it found, half done, would be
-        committed.
-        """
+        """``call`` is under way: no other may begin before it has ended, and none where the optimizer is not open."""
         self._check_usable(call)
-        try:
-            self._under_way = call
+        with self._pager.alone(f"{call}()"):
             yield
-        finally:
-            self._under_way = ""
 
     def _check_usable(self, call: str) -> None:
-        self._check_alone(call)
+        self._pager.check_alone(f"{call}()")
         self._check_open()
-
-    def _check_alone(self, call: str) -> None:
-        if self._under_way:
-            raise OffloadError(
-                f"{call}() was called in the middle of {self._under_way}(), by a signal handler or another thread: set "
-                f"a flag there, and look at it when {self._under_way}() has returned"
-            )
 
     def _check_open(self) -> None:
         if not self._shut_down.alive:

@@ -6,12 +6,15 @@ the optimizer has just made, once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .checksums import Checksum
 from .codecs import MASTER, REMAINDER
@@ -23,6 +26,7 @@ from .state_file import WholeTensor
 from .swap_manager import SwapManager
 from .unit_file import check_storable
 from .units import (
+    LARGEST_PIECE,
     Chunking,
     Paging,
     ParameterPlan,
@@ -70,14 +74,35 @@ class ParameterPager:
         self.epoch = 0
         """Steps that the state has been through, over all runs. By it stored values are rounded."""
         self._brought: dict[Key, ParameterState] = {}  # state in memory that goes to the store at the next step
+        self._under_way = ""
+
+    @contextlib.contextmanager
+    def alone(self, call: str) -> Iterator[None]:
+        """``call`` is under way: no other may begin before it has ended.
+
+        A signal handler runs between any two steps of what it interrupts, and another thread beside it: what they found
+        half done would be handed out, or committed.
+        """
+        self.check_alone(call)
+        try:
+            self._under_way = call
+            yield
+        finally:
+            self._under_way = ""
+
+    def check_alone(self, call: str) -> None:
+        """Raise OffloadError where another call is under way."""
+        if self._under_way:
+            raise OffloadError(
+                f"{call} was called in the middle of {self._under_way}, by a signal handler or another thread: set a "
+                f"flag there, and look at it when {self._under_way} has returned"
+            )
 
     def step(self, groups: Sequence[dict[str, Any]]) -> None:
         """Update every parameter that has a gradient; the same as the inner optimizer's step over ``groups``."""
         active = {key: p for key, p in self.parameters(groups).items() if p.grad is not None}
         for key, parameter in active.items():
             self._check_as_planned(groups, key, parameter)
-            if key in self.entries:
-                self.entries[key].owner = weakref.ref(parameter)
         self.page_out_brought(groups)
         self.plan(groups, [key for key in active if key not in self.entries])
         update = UnitUpdate(self._inner, groups, self.epoch, self._scratch)
@@ -112,6 +137,8 @@ class ParameterPager:
                 f"{name} has changed its place in the param_groups, by which its state is kept: groups and parameters "
                 "may be added, but not removed or reordered"
             )
+        for key, entry in self.entries.items():
+            entry.owner = weakref.ref(parameters[key])
         return parameters
 
     def plan(self, groups: Sequence[dict[str, Any]], keys: Sequence[Key]) -> list[SwapUnit]:
@@ -207,12 +234,12 @@ class ParameterPager:
         whole = next(
             whole for whole in whole_tensors(entry.plan, entry.pieces, entry.owner()) if whole.spec.name == name
         )
-        result = torch.empty_strided(whole.spec.shape, whole.spec.stride, dtype=whole.spec.dtype)
+        result = torch.empty_strided(whole.spec.shape, whole.spec.stride, dtype=whole.spec.dtype, device="cpu")
         for unit, piece in entry.pieces:
             tensor = next(tensor for tensor in piece.tensors if tensor.name == name)
             run = slice(None) if piece.is_whole else slice(piece.start, piece.stop)
             weight = None if whole.weight is None else whole.weight[run]
-            stored = [torch.empty(each.numel, dtype=each.dtype) for each in tensor.stored]
+            stored = [torch.empty(each.numel, dtype=each.dtype, device="cpu") for each in tensor.stored]
             for each, into in zip(tensor.stored, stored, strict=True):
                 self._manager.read_tensor(unit, each, into)
             decode_run(piece, tensor, stored, piece.start, weight, flat(result)[run])
@@ -253,7 +280,10 @@ class ParameterPager:
             )
         for what, tensor in (("", parameter), ("the gradient of ", gradient)):
             if not _has_memory(tensor):
-                raise OffloadError(f"{what}{name_of(groups, key)} has no memory: it was released before the step")
+                raise OffloadError(
+                    f"{what}{name_of(groups, key)} has no memory of its own: it was released before the step, or it is "
+                    "of a class that keeps its elements elsewhere"
+                )
         if key not in self.entries:
             return
         plan = self.entries[key].plan
@@ -267,10 +297,15 @@ class ParameterPager:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements lie in its storage: frameworks release that, and keep the tensor."""
+    """Whether a tensor's elements lie in its storage: frameworks release that, and keep the tensor.
+
+    Tensors that stand for others, or for zeros, have a storage without memory.
+    """
+    if tensor.numel() == 0:
+        return True
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
+    return tensor.data_ptr() != 0 and end <= tensor.untyped_storage().nbytes()
 
 
 def _add_pieces(entries: Mapping[Key, Entry], units: Sequence[SwapUnit]) -> None:
@@ -303,6 +338,11 @@ def plan_parameters(
         name = name_of(groups, key)
         if hasattr(parameter, "_local_tensor"):
             raise UnsupportedOptimizerError(f"{name} is a DTensor: sharded parameters cannot be paged yet")
+        if is_traceable_wrapper_subclass(parameter):
+            raise UnsupportedOptimizerError(
+                f"{name} is a {type(parameter).__name__}, which keeps its elements in other tensors: its "
+                "state cannot be paged"
+            )
         kind = (key[0], parameter.dtype, parameter.device, inner.shape_matters(parameter))
         if kind not in found:
             found[kind] = _template_for(inner, group, parameter, name, config)
@@ -314,7 +354,28 @@ def plan_parameters(
         chunking: Chunking = inner.chunking_for(group, device, is_exact=is_exact)
         shape, stride = tuple(parameter.shape), tuple(parameter.stride())
         plans.append(ParameterPlan(key, name, shape, stride, parameter.dtype, template, device, chunking))
+    _check_apart(groups)
     return plans
+
+
+def _check_apart(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise where the memory of two parameters that are trained overlaps.
+
+    In memory, torch steps them one after the other. Here that order alternates, and a master would lack what the other
+    parameter's update has written to its weight.
+    """
+    runs = []
+    for key, parameter in parameters_of(groups).items():
+        has_memory = parameter.layout is torch.strided and not is_traceable_wrapper_subclass(parameter)
+        if parameter.requires_grad and has_memory and is_dense(parameter.shape, parameter.stride()):
+            start = parameter.data_ptr()
+            runs.append((str(parameter.device), start, start + parameter.numel() * parameter.element_size(), key))
+    for (device, _, end, key), (other_device, start, _, other) in itertools.pairwise(sorted(r for r in runs if r[1])):
+        if device == other_device and start < end:
+            raise UnsupportedOptimizerError(
+                f"{name_of(groups, key)} and {name_of(groups, other)} share memory: give the optimizer one parameter "
+                "for both"
+            )
 
 
 def _template_for(
@@ -340,10 +401,10 @@ def _template_for(
         paged.append(dataclasses.replace(tensor, codec=codec if is_dense(tensor.shape, tensor.stride) else "exact"))
     if not has_master:
         return dataclasses.replace(template, paged=tuple(paged))
-    dense = is_dense(parameter.shape, parameter.stride())
+    dense, is_huge = is_dense(parameter.shape, parameter.stride()), parameter.numel() > LARGEST_PIECE
     shape = tuple(parameter.shape)
     master = StateTensor(MASTER, torch.float32, shape, tuple(parameter.stride()) if dense else row_major(shape))
-    if parameter.dtype is torch.bfloat16 and dense:
+    if parameter.dtype is torch.bfloat16 and dense and not (template.paging is Paging.WHOLE and is_huge):
         master = dataclasses.replace(master, codec=REMAINDER)
     return dataclasses.replace(template, paged=(*paged, master), names=(*template.names, MASTER))
 
@@ -386,12 +447,24 @@ def whole_tensors(
     parameter: torch.Tensor | None,
     stride: tuple[int, ...] | None = None,
 ) -> list[WholeTensor]:
-    """The paged state tensors of a parameter, whole; ``stride`` is for what was stored by another one."""
-    weight = None if parameter is None or not is_dense(plan.shape, plan.stride) else flat(parameter)
-    return [
-        WholeTensor(f"{plan.name}.{tensor.name}", tensor, pieces, weight if tensor.codec == REMAINDER else None)
-        for tensor in plan.whole_tensors(stride)
-    ]
+    """The paged state tensors of a parameter, whole; ``stride`` is for what was stored by another one.
+
+    Raises OffloadError where the parameter is not what its master is a part of any more.
+    """
+
+    def weight_for(tensor: StateTensor) -> torch.Tensor | None:
+        if tensor.codec != REMAINDER or parameter is None:
+            return None
+        if (tuple(parameter.shape), parameter.dtype) != (plan.shape, plan.dtype):
+            raise OffloadError(
+                f"the master of {plan.name} cannot be read, since it is stored as what its weight lacks, of shape "
+                f"{plan.shape} and {plan.dtype}: the parameter has shape {tuple(parameter.shape)} and "
+                f"{parameter.dtype} now"
+            )
+        return in_memory_order(parameter, tensor)  # the parameter may have been laid out anew since
+
+    tensors = plan.whole_tensors(stride)
+    return [WholeTensor(f"{plan.name}.{each.name}", each, pieces, weight_for(each)) for each in tensors]
 
 
 def _fill(
@@ -399,7 +472,7 @@ def _fill(
 ) -> None:
     """Store a given state tensor in the unit's bytes ``data``; of a master, set the parameter's run, too."""
     is_master = tensor.name == MASTER
-    given = torch.as_tensor(state.get(MASTER, parameter) if is_master else state[tensor.name]).detach()
+    given: torch.Tensor = (state.get(MASTER, parameter) if is_master else state[tensor.name]).detach()
     like = tensor if piece.is_whole else parameter
     run = slice(None) if piece.is_whole else slice(piece.start, piece.stop)
     if tensor.codec == "exact":
@@ -409,7 +482,7 @@ def _fill(
             own.copy_(tensor.view(data))
         return
     values = in_memory_order(given, like)[run].to("cpu", torch.float32)
-    weight = torch.empty(len(values), dtype=torch.bfloat16) if is_master else None
+    weight = values.new_empty(len(values), dtype=torch.bfloat16) if is_master else None
     coding = coding_of(piece, tensor, [part.view(data) for part in tensor.stored], values, piece.start, weight)
     ties = encode_run(piece, [tensor.name], [coding], piece.start, epoch)
     if weight is not None:
@@ -442,7 +515,7 @@ def resident_from(plan: ParameterPlan, state: ParameterState) -> dict[str, Any]:
             continue
         example = plan.template.resident.get(name)
         if isinstance(example, torch.Tensor):
-            value = torch.as_tensor(value).detach().to(dtype=example.dtype, device=example.device, copy=True)
+            value = torch.as_tensor(value, device=example.device).detach().to(dtype=example.dtype, copy=True)
         elif isinstance(value, torch.Tensor) and value.dim() > 0:  # of an empty parameter, and as empty
             value = value.detach().to(plan.device, copy=True)
         resident[name] = copy_value(value)

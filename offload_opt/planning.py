@@ -304,7 +304,7 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
 
 def measure_checksums() -> float:
     """Bytes a second that checksums are made of."""
-    data = torch.zeros(_CHECKSUMMED, dtype=torch.uint8)
+    data = torch.zeros(_CHECKSUMMED, dtype=torch.uint8, device="cpu")
     times = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()

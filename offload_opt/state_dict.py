@@ -32,14 +32,18 @@ class PagedParameterState:
     def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise KeyError(name)
-        return self._pager.read(self._key, name)
+        with self._pager.alone(f"state[...][{name!r}]"):
+            return self._pager.read(self._key, name)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of that name, or ``default``."""
-        return self._pager.read(self._key, name) if name in self else default
+        if name not in self:
+            return default
+        return self[name]
 
     def keys(self) -> list[str]:
         """The names, in the optimizer's order."""
+        self._pager.check_alone("state[...]")
         return self._pager.names(self._key)
 
     def values(self) -> Iterator[Any]:
@@ -74,6 +78,7 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
         self._owner = owner
 
     def __getitem__(self, parameter: torch.Tensor) -> PagedParameterState:
+        self._pager.check_alone("state[...]")
         for key, other in self._parameters().items():
             if other is parameter:
                 return PagedParameterState(self._pager, key)
@@ -112,6 +117,7 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
         return self._pager.parameters(owner.param_groups)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, PagedParameterState]]:
+        self._pager.check_alone("state[...]")
         parameters = self._parameters()
         for key in self._pager.keys_with_state():
             yield parameters[key], PagedParameterState(self._pager, key)

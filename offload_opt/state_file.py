@@ -1,9 +1,9 @@
 """One safetensors file that holds the state of all parameters whole, put together from the pieces in unit files.
 
 The bytes go from file to file in the kernel and never through this process's memory; but for what has a codec, a little
-at a time. The file is either for other
-tools (``export``), or has no name and is mapped into memory (``map_state``): what looks at a mapped tensor, such as
-``torch.save``, has its pages read from the disk one after another, and the kernel may drop them again.
+at a time. The file is either for other tools (``export``), or has no name and is mapped into memory (``map_state``):
+what looks at a mapped tensor, such as ``torch.save``, has its pages read from the disk one after another, and the
+kernel may drop them again.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def _decode_range(
             if len(data) != part.nbytes:
                 raise OSError(errno.ENODATA, f"the file ends before the state of {piece.name} does")
             parts.append(torch.frombuffer(data, dtype=part.dtype))
-        values = torch.empty(end - begin, dtype=torch.float32)
+        values = torch.empty(end - begin, dtype=torch.float32, device="cpu")
         first, last = piece.start + begin, piece.start + end
         decode_run(piece, stored, parts, first, None if weight is None else weight[first:last], values)
-        os.pwrite(target, _bytes_of(values), offset + begin * values.itemsize)
+        _pwrite(target, memoryview(_bytes_of(values)), offset + begin * values.itemsize)
 
 
 def _copy_range(source: int, begin: int, target: int, offset: int, nbytes: int, path: Path) -> None:
@@ -165,6 +165,13 @@ def _copy_range(source: int, begin: int, target: int, offset: int, nbytes: int, 
         if count == 0:
             raise OSError(errno.ENODATA, f"the file ends at byte {begin}, before the state in it does", str(path))
         begin, offset, nbytes = begin + count, offset + count, nbytes - count
+
+
+def _pwrite(target: int, data: memoryview, offset: int) -> None:
+    """Write all of it: where there is no more room, the first call writes a part, and the next one fails."""
+    while data:
+        count = os.pwrite(target, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def _view(data: Any, spec: StateTensor, offset: int) -> torch.Tensor:

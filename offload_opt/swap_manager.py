@@ -113,7 +113,7 @@ class SwapManager:
         order = sorted(units, key=lambda unit: unit.index)
         if not order:
             return
-        if self._ring_matches(order[::-1]):
+        if self._ring and self._ring_matches(order[::-1]):
             order.reverse()
         with self.failing():
             self._walk(order, visit)

@@ -70,7 +70,7 @@ def stored_units(units: Sequence[SwapUnit], records: Sequence[UnitRecord], folde
 
 def check_bytes(handle: AioHandle, stored: Iterable[StoredUnit]) -> None:
     """Read units from their files, through small buffers, and raise OSError where one is not what was written."""
-    buffers = itertools.cycle([torch.empty(CHUNK_BYTES // 2, dtype=torch.uint8) for _ in range(2)])
+    buffers = itertools.cycle([torch.empty(CHUNK_BYTES // 2, dtype=torch.uint8, device="cpu") for _ in range(2)])
     flight: deque[tuple[StoredUnit, RunningChecksum, torch.Tensor, IoFuture, bool]] = deque()
 
     def finish_first() -> None:

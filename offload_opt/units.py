@@ -26,6 +26,8 @@ TENSOR_ALIGNMENT = 64
 """Bytes: what torch gives its own CPU tensors."""
 RING_DEPTH = 3
 """The least number of buffers: one being read, one being updated, one being written."""
+LARGEST_PIECE = 1 << 30
+"""Elements: positions of a master's ties within a piece are of 32 bits."""
 
 # How ATen runs an elementwise CPU kernel over n elements (aten/src/ATen/TensorIterator.cpp, Parallel.h): from _GRAIN
 # elements on, each thread gets a contiguous run of ceil(n / threads). A run goes through vector code in steps of at
@@ -416,7 +418,9 @@ class _Packer:
         begin = 0
         while begin < len(cuts) - 1:
             end = begin
-            while end + 1 < len(cuts) and self._used + size_of(cuts[end + 1] - cuts[begin]) <= self._unit_size:
+            while end + 1 < len(cuts) and (length := cuts[end + 1] - cuts[begin]) <= LARGEST_PIECE:
+                if self._used + size_of(length) > self._unit_size:
+                    break
                 end += 1
             if end > begin:
                 piece, self._used = _place(parameter, cuts[begin : end + 1], self._used)
@@ -448,7 +452,7 @@ def _chunks_of(parameter: ParameterPlan, unit_size: int) -> list[int]:
         limit = parameter.numel
     else:
         limit = _largest_run(parameter, unit_size)
-    return parameter.chunking.cut(parameter.numel, limit)
+    return parameter.chunking.cut(parameter.numel, min(limit, LARGEST_PIECE))
 
 
 def _largest_run(parameter: ParameterPlan, unit_size: int) -> int:

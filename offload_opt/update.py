@@ -35,7 +35,7 @@ class Scratch:
     _MOST_KEPT = 64  # tensors; batches are alike, and those of one parameter after the other take the same
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.float32)
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
         self._used = 0
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -50,7 +50,7 @@ class Scratch:
             return kept
         if self._used > len(self._memory):
             # What was taken keeps the memory from before.
-            self._memory = torch.empty(2 * self._used, dtype=torch.float32)
+            self._memory = torch.empty(2 * self._used, dtype=torch.float32, device="cpu")
             self._kept.clear()
         if len(self._kept) == self._MOST_KEPT:
             self._kept.clear()
@@ -167,7 +167,7 @@ class UnitUpdate:
             if not piece.is_whole:
                 parameter, gradient = flat(parameter), in_memory_order(gradient, parameter)
             elif piece.master is not None:
-                parameter = parameter.detach()
+                parameter, gradient = parameter.detach(), gradient.detach()
             for chunk in piece.chunks:
                 yield self._load(piece, chunk, parameter, gradient, data)
 
@@ -234,7 +234,8 @@ class UnitUpdate:
             and gradient.is_contiguous()
         ):
             address = _address(gradient, begin)
-            return cast, [NativeCoding(_BF16, numel, cast.data_ptr(), address, address)]
+            # Detached: an optimizer may put other memory into a gradient, and this one is kept.
+            return cast.detach(), [NativeCoding(_BF16, numel, cast.data_ptr(), address, address)]
         own = loaded.run_of(loaded.parameter)
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
         return cast.copy_(loaded.run_of(gradient)), []

@@ -162,7 +162,7 @@ class _Verifier:
         """Verify every unit. Raises StoreError for a damaged manifest, _Superseded when there is a newer one."""
         units = self._checked_units()
         self._told(0, self._total)
-        buffers = itertools.cycle([torch.empty(_CHUNK, dtype=torch.uint8) for _ in range(_DEPTH)])
+        buffers = itertools.cycle([torch.empty(_CHUNK, dtype=torch.uint8, device="cpu") for _ in range(_DEPTH)])
         flight: deque[tuple[_Unit, int, torch.Tensor, IoFuture | OSError]] = deque()
         try:
             for unit, begin, nbytes in self._chunks(units):

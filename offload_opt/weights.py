@@ -49,9 +49,10 @@ class PersistedWeights:
         plans = plan_weights(groups)
         if plans != self._plans:
             self._manager.forget(self.units)
-            self.units = plan_units(plans, self._host_memory, self._unit_size, self._manager.next_index)
-            self._manager.add(self.units)
-            self._plans = plans
+            self.forget()
+            units = plan_units(plans, self._host_memory, self._unit_size, self._manager.next_index)
+            self._manager.add(units)
+            self._plans, self.units = plans, units
         parameters = parameters_of(groups)
 
         def fill(unit: SwapUnit, data: torch.Tensor, _: Checksum | None) -> None:
@@ -64,7 +65,7 @@ class PersistedWeights:
         self._manager.write_out(self.units, fill)
 
     def forget(self) -> None:
-        """The units are gone: with SwapManager.forget_all()."""
+        """The units are gone."""
         self._plans, self.units = [], []
 
     def layout(self, store: SwapStore) -> Layout:
@@ -123,7 +124,7 @@ def read_weights(
 ) -> None:
     """Set the parameters to what a manifest's layout holds, through a small buffer."""
     parameters = parameters_of(groups)
-    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu")
     for unit, record in zip(layout.swap_units(where), layout.units, strict=True):
         path = folders[record.folder] / "units" / record.file
         for piece in unit.pieces:
@@ -133,7 +134,7 @@ def read_weights(
                 if is_dense(parameter.shape, parameter.stride()):
                     _read_run(handle, path, start, flat(parameter)[piece.start : piece.stop], buffer)
                 else:  # stored in the order of its dimensions, and never cut
-                    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     handle.sync_pread(whole, path, start)
                     parameter.copy_(whole)
 

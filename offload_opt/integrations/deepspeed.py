@@ -267,7 +267,7 @@ def _host_memory(buffer: torch.Tensor) -> torch.Tensor:
     """``buffer`` if files can be read into it, or host memory of its shape."""
     if buffer.device.type == "cpu" and buffer.is_contiguous():
         return buffer
-    return torch.empty(buffer.shape, dtype=buffer.dtype)
+    return torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 def _host_copy(buffer: torch.Tensor) -> torch.Tensor:

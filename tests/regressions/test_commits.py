@@ -302,7 +302,13 @@ def test_a_call_in_the_middle_of_a_step_is_refused(store: Path, tmp_path: Path) 
         pair.offloaded.state_dict,
         pair.offloaded.close,
         lambda: pair.offloaded.load_state_dict({"state": {}, "param_groups": pair.plain.state_dict()["param_groups"]}),
+        # Of the unit that was being updated, zeros were read, or its bytes from before; and a thread that read broke
+        # the step.
+        lambda: first["exp_avg"],
+        lambda: pair.offloaded.state[pair.parameters[1]],
+        lambda: list(pair.offloaded.state),
     ]
+    first = pair.offloaded.state[pair.parameters[0]]
 
     def handler(*_: Any) -> None:
         for call in calls:

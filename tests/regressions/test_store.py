@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offload_opt import OffloadOptimizer, verification
+from offload_opt import OffloadOptimizer, StoreError, verification
+from offload_opt.folders import free_bytes
 from offload_opt.inspection import find_ranks
-from tests.optim.support import adam, bits_equal
+from tests.optim.support import Pair, adam, bits_equal
 
 
 def make(store: Path, *names: str, **fields: Any) -> OffloadOptimizer:
@@ -102,3 +103,20 @@ def test_what_a_killed_process_left_of_a_manifest_is_deleted(store: Path) -> Non
     remains.write_bytes(b"half of it")
     make(store).close()
     assert not remains.exists()
+
+
+def test_weights_that_found_no_room_are_not_counted(small_disk: Path) -> None:
+    pair = Pair(adam, small_disk, [(20_000,)], persist_params=True)
+    pair.step()
+    before = pair.offloaded.stats.state_bytes
+    full = small_disk / "full"
+    full.write_bytes(bytes(free_bytes(small_disk)))
+    for _ in range(3):
+        with pytest.raises(StoreError, match="free"):
+            pair.offloaded.snapshot()
+        assert pair.offloaded.stats.state_bytes == before
+    full.unlink()
+    pair.offloaded.snapshot()
+    assert before + 80_000 <= pair.offloaded.stats.state_bytes < before + 80_000 + 4096
+    pair.step()
+    pair.check()

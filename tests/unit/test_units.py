@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from offload_opt import ConfigError
 from offload_opt.config import format_exact
 from offload_opt.units import (
+    LARGEST_PIECE,
     PAGE,
     RING_DEPTH,
     TRANSITIONS,
@@ -133,6 +134,16 @@ def check_plan(parameters: list[ParameterPlan], units: list[SwapUnit], host_memo
             assert max(b - a for a, b in pairwise(piece.cuts)) <= plan.chunking.max_elements
         if len(pieces) > 1:
             assert_same_code([0, *(cut for piece in pieces for cut in piece.cuts[1:])], plan.numel, plan.chunking)
+
+
+@pytest.mark.parametrize("unit_size", [1 << 30, 8 << 30])
+@pytest.mark.parametrize("max_elements", [1 << 20, 1 << 62])
+def test_no_piece_has_more_elements_than_positions_of_ties_have_bits_for(unit_size: int, max_elements: int) -> None:
+    plan = parameter(0, (5 << 30,), elementwise(torch.uint8), Chunking(2, True, max_elements))
+    pieces = [piece for unit in plan_units([plan], 24 << 30, unit_size) for piece in unit.pieces]
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+    assert pieces[-1].stop == 5 << 30
+    assert max(piece.stop - piece.start for piece in pieces) == LARGEST_PIECE <= 1 << 31
 
 
 # What ATen does (aten/src/ATen/TensorIterator.cpp, Parallel.h), written anew: a kernel over n elements is split between
