@@ -75,7 +75,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.torch $(SOURCE)
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCE)

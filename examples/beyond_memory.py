@@ -118,11 +118,14 @@ def watch(args: argparse.Namespace, way: str) -> Run:
         process = subprocess.Popen(command, stdout=output)
         run = Run()
         try:
-            while process.poll() is None:
-                run.peak = max(run.peak, resident(process.pid))
-                if run.peak > args.memory:
-                    process.kill()
-                time.sleep(0.005)
+            with Console(stderr=True).status("") as status:
+                while process.poll() is None:
+                    run.peak = max(run.peak, resident(process.pid))
+                    if run.peak > args.memory:
+                        process.kill()
+                    most = f"{format_bytes(run.peak)} of {format_bytes(args.memory)} at most"
+                    status.update(f"{args.steps} steps {WAYS[way]}: {most}")
+                    time.sleep(0.005)
         finally:
             process.kill()
         output.seek(0)

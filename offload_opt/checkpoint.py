@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from .aio import AioHandle
 from .config import OffloadConfig, format_bytes
-from .errors import ConfigError, StoreError
+from .errors import ConfigError, OffloadWarning, StoreError
 from .folders import rank_folder, unused
 from .inner import InnerOptimizer
 from .manifest import (
@@ -71,6 +72,8 @@ class Checkpointer:
         handle: AioHandle,
         config: OffloadConfig,
         place: tuple[int, int],
+        *,
+        discard: bool,
     ) -> None:
         self._inner = inner
         self._pager = pager
@@ -85,6 +88,15 @@ class Checkpointer:
         self._is_durable = config.durability != "scratch"
         # What the store was opened with, and nobody has decided about.
         self._undecided = store.committed is not None
+        others = _ranks_in(store.folders[0].parent)
+        if store.committed is None and self._rank == 0 and others and not discard:
+            warnings.warn(
+                f"{store.folders[0].parent} has commits of {', '.join(others)}; this is rank 0 of {self._world_size}, "
+                "which starts over beside them, since a store is gone on with by as many ranks as made it. To go on, "
+                "run as many, or load a state_dict() of them; discard=True leaves out this warning",
+                OffloadWarning,
+                stacklevel=3,
+            )
 
     @property
     def committed_epoch(self) -> int | None:
@@ -223,16 +235,19 @@ class Checkpointer:
             manifest = self._store.reload()
             folders: Sequence[Path] = self._store.folders
             if manifest is None:
-                raise StoreError(f"{folders[0]} has no committed epoch to go back to: name the folder of a snapshot")
+                raise StoreError(
+                    f"{folders[0]} has no committed epoch to go back to{_beside(folders[0].parent)}: name the folder "
+                    "of a snapshot"
+                )
         else:
             folders = [rank_folder(directory, self._rank, self._world_size)]
             try:
                 manifest = read_manifest(folders[0] / MANIFEST)
             except (FileNotFoundError, NotADirectoryError):
-                others = sorted(path.name for path in directory.glob("rank-*-of-*")) if directory.is_dir() else []
-                there = f"; it has {', '.join(others)}" if others else ""
+                if not directory.exists():
+                    raise StoreError(f"the snapshot {directory} does not exist") from None
                 raise StoreError(
-                    f"{directory} has no snapshot of rank {self._rank} of {self._world_size}{there}"
+                    f"{directory} has no snapshot of rank {self._rank} of {self._world_size}{_beside(directory)}"
                 ) from None
         where = folders[0] / MANIFEST
         if (manifest.rank, manifest.world_size) != (self._rank, self._world_size):
@@ -385,6 +400,16 @@ class Checkpointer:
             extra=encoded_extra,
             snapshots=list(self._snapshots),
         )
+
+
+def _ranks_in(folder: Path) -> list[str]:
+    """The folders of ranks with commits there."""
+    return sorted(path.parent.name for path in folder.glob(f"rank-*-of-*/{MANIFEST}"))
+
+
+def _beside(folder: Path) -> str:
+    others = _ranks_in(folder)
+    return f" ({folder} has {', '.join(others)})" if others else ""
 
 
 def _encode_groups(groups: Groups) -> list[dict[str, Any]]:

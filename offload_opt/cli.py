@@ -100,8 +100,10 @@ def _doctor(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     check_for_data(args.path)
     names = args.engine or [name for name, works, _ in engines() if works]
-    grid = itertools.product(names, args.block_size, args.queue_depth, args.threads)
     try:
+        # "auto" by the name of what it is here.
+        names = list(dict.fromkeys(_engine_for(name, args.path) for name in names))
+        grid = itertools.product(names, args.block_size, args.queue_depth, args.threads)
         configs = [AioConfig(engine=e, block_size=b, queue_depth=d, num_threads=t) for e, b, d, t in grid]
     except ConfigError as error:
         raise ConfigError(re.sub(r"aio\.\w+", lambda setting: _OPTIONS[setting[0]], str(error))) from None
@@ -112,6 +114,11 @@ def _bench(args: argparse.Namespace) -> int:
     else:
         _print_bench(make_console(), args, configs, rates)
     return 0
+
+
+def _engine_for(name: str, folder: Path) -> str:
+    with AioHandle(engine=name, folder=folder, quiet=True) as handle:
+        return handle.engine
 
 
 def _tune(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ LIMITS = {"block_size": 1 << 30, "queue_depth": 1 << 12, "num_threads": 1 << 8}
 """The most that a handle takes of each."""
 
 _UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
+for _power, _letter in enumerate("KMGTP", start=1):
     _UNITS[_letter] = _UNITS[f"{_letter}B"] = 1000**_power
     _UNITS[f"{_letter}I"] = _UNITS[f"{_letter}IB"] = 1024**_power
 
@@ -40,8 +40,8 @@ def parse_bytes(value: int | str, name: str) -> int:
             value = int(float(match[1]) * _UNITS[match[2].upper()])
         else:
             raise ConfigError(
-                f"{name}={value!r} is not a size: write bytes, or a number with K, M, G or T (powers of 1000) or with "
-                'Ki, Mi, Gi or Ti (powers of 1024), each with or without a B, for example "512MiB"'
+                f"{name}={value!r} is not a size: write bytes, or a number with K, M, G, T or P (powers of 1000) or "
+                'with Ki, Mi, Gi, Ti or Pi (powers of 1024), each with or without a B, for example "512MiB"'
             )
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} must be a size in bytes or a string such as '2GiB', not {type(value).__name__}")
@@ -117,8 +117,9 @@ class OffloadConfig:
     """Whether bf16 and fp16 parameters have an fp32 master in the store, which the optimizer updates, with fp32 state:
     the parameters are its rounding. (False: the optimizer updates them, and keeps state, in their own dtype.)"""
     durability: str = "snapshot"
-    """When the state is committed, to survive a crash. ``"snapshot"``: by ``snapshot()``; ``"step"``: by every step;
-    ``"scratch"``: never, and the state takes half of the space on the drive."""
+    """When the state is committed, to survive a crash. ``"snapshot"``: by ``snapshot()``; ``"step"``: by every step,
+    beside the next iteration (``synchronize()`` waits for it); ``"scratch"``: never, and the state takes half of the
+    space on the drive."""
     persist_params: bool = False
     """Whether a commit holds the weights too: all parameters of the optimizer. With master_weights it always does."""
     checksum: str = "write"

@@ -101,7 +101,8 @@ class RankSummary:
     weights_bytes: int | None
     units_with_checksum: int
     states: Sequence[StateSummary]
-    extra: str
+    extra: Any
+    """As the manifest has it: JSON, in which tensors and the like are tagged."""
     snapshots: Sequence[SnapshotSummary]
 
 
@@ -185,6 +186,7 @@ def summarise(place: RankPlace) -> RankSummary:
     manifest = read_commit(place)
     units = units_of(manifest)
     weights = manifest.weights
+    decode_value(manifest.extra)  # what cannot be read is damaged
     return RankSummary(
         folder=str(place.folder),
         rank=manifest.rank,
@@ -202,7 +204,7 @@ def summarise(place: RankPlace) -> RankSummary:
         weights_bytes=file_bytes(weights.units) if weights else None,
         units_with_checksum=sum(unit.checksum is not None for unit in units),
         states=_states(manifest),
-        extra=in_short(decode_value(manifest.extra)),
+        extra=manifest.extra,
         snapshots=_snapshots(manifest),
     )
 

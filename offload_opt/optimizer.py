@@ -97,7 +97,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise
         self._manager = SwapManager(handle, store, self.config.memory[0], self._stats, self._failure)
         self._pager = ParameterPager(inner, self._manager, self.config)
-        self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
+        self._checkpointer = Checkpointer(
+            inner, self._pager, self._manager, store, handle, self.config, place, discard=discard
+        )
         self.extra: Any = {}
         """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
         self._pid = os.getpid()
@@ -149,7 +151,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. Returns what ``closure`` returned.
 
-        When it returns, the parameters are updated, and some units may still be being written.
+        When it returns, the parameters are updated, and some units may still be being written. So may the commit of
+        ``durability="step"``: see ``committed_epoch`` and ``synchronize()``.
 
         Raises:
             OSError: A transfer failed, also one of an earlier step. After it, StepFailedError until restore() or

@@ -48,6 +48,8 @@ _OPTIONS = {
     for name in ("host_memory", "unit_size", "state_dtype", "master_weights", "persist_params", "durability")
 }
 _ENDURANCE = "600TB"
+_SLOWEST = 1_000_000
+"""Bytes a second of a drive that may be meant."""
 
 
 def add_plan(commands: Any) -> None:
@@ -86,7 +88,7 @@ def add_plan(commands: Any) -> None:
     add("--bandwidth", type=_bandwidth, metavar="RATE", help='of the drive, reads and writes together: "3.2GB/s"')
     add("--update-rate", type=_count, metavar="N", help="parameters a second that the optimizer updates: 300M")
     add("--iteration", type=arguments.seconds, metavar="S", help="seconds of one (default: steps without a pause)")
-    add("--endurance", type=arguments.size, default=_ENDURANCE, metavar="TBW", help=_of("the drive's rated writes"))
+    add("--endurance", type=_rated_writes, default=_ENDURANCE, metavar="TBW", help=_of("the drive's rated writes"))
     add("--json", action="store_true", help="print the figures as JSON, in bytes and seconds")
     plan.set_defaults(run=run_plan)
 
@@ -172,9 +174,19 @@ def _count(text: str) -> int:
 
 def _bandwidth(text: str) -> float:
     try:
-        return parse_bytes(re.sub(r"\s*/\s*s$", "", text), "")
+        rate = parse_bytes(re.sub(r"\s*/\s*s$", "", text), "")
     except ConfigError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth: write it as 3.2GB/s") from None
+    if rate < _SLOWEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is {rate} bytes a second: write it with its unit, as 3.2GB/s")
+    return rate
+
+
+def _rated_writes(text: str) -> int:
+    try:
+        return parse_bytes(re.sub(r"(?<=[Bb])[Ww]\s*$", "", text), "")
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes: write it as 600TB, or 1.2PB") from None
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -211,7 +223,6 @@ def _print(console: Console, question: Question, rows: Sequence[Row], given: Giv
     if len(rows) > 1:
         console.print(_comparison(rows, chosen, given))
         console.print("bf16 and int8 round the state each time it is stored; exact is bit for bit.", style="dim")
-    if notes:
         console.print()
     for note in notes:
         console.print(Text(note, style="yellow"))

@@ -208,7 +208,8 @@ def _make(question: Question, parameters: Sequence[torch.nn.Parameter]) -> torch
     try:
         return kind(parameters, **question.options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"torch.optim.{kind.__name__} cannot be made for these parameters: {error}") from error
+        hint = "" if question.model.has_shapes else " (a number of parameters has no shapes: name the model)"
+        raise ConfigError(f"torch.optim.{kind.__name__} cannot be made for these parameters: {error}{hint}") from error
 
 
 # What this machine does.
@@ -357,7 +358,10 @@ def _about_pace(chosen: Row) -> str:
     now = chosen.prediction
     if now.iteration is None or now.iteration >= now.seconds:
         return ""
-    return f"A step takes {now.seconds / now.iteration:.1f} x --iteration: it is what an iteration takes at least."
+    return (
+        f"A step takes {now.seconds / now.iteration:.1f} x as long as --iteration says that an iteration does, which "
+        "its step is a part of: the pace is that of the steps."
+    )
 
 
 def _about_space(chosen: Row, others: Sequence[Row], given: Given) -> str:
@@ -366,14 +370,16 @@ def _about_space(chosen: Row, others: Sequence[Row], given: Given) -> str:
     free, needed = free_bytes(given.folder), chosen.layout.footprint.disk_space
     if needed <= free:
         return ""
-    ways = []
+    scratch = "--durability scratch"
+    wants = [(f"--state-dtype {row.layout.name}", row.layout.footprint.disk_space) for row in others]
+    ways = [f"{option} needs {format_bytes(size)}" for option, size in wants if size <= free][:1]
     if chosen.layout.config.durability != "scratch":
-        ways.append(f"--durability scratch needs {format_bytes(needed // 2)}, and does not survive a crash")
-    ways += [
-        f"--state-dtype {row.layout.name} needs {format_bytes(row.layout.footprint.disk_space)}"
-        for row in others
-        if row.layout.footprint.disk_space <= free
-    ][:1]
+        halves = [(scratch, needed // 2), *((f"{option} {scratch}", size // 2) for option, size in wants)]
+        ways += [
+            f"{options} needs {format_bytes(size)}, and does not survive a crash"
+            for options, size in halves
+            if size <= free
+        ][:1]
     found = f"The state does not fit: it needs {format_bytes(needed)}, and {format_bytes(free)} are free"
     return f"{found} in {given.folder}{_listed(ways) or '. A larger drive is needed.'}"
 

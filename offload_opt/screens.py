@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import format_bytes
-from .inspection import RankSummary, SnapshotSummary
+from .inspection import RankSummary, SnapshotSummary, in_short
+from .manifest import decode_value
 from .verification import Damage, RankReport
 
 _TENSORS_SHOWN = 20  # of a damaged unit
@@ -65,7 +66,7 @@ def _facts(ranks: Sequence[RankSummary]) -> Padding:
         ("optimizer", [rank.optimizer for rank in ranks]),
         ("weights", [_weights(rank) for rank in ranks]),
         ("checksums", [_checksums(rank) for rank in ranks]),
-        ("extra", [rank.extra for rank in ranks]),
+        ("extra", [in_short(decode_value(rank.extra)) for rank in ranks]),
     ):
         different = len(set(values)) > 1
         for rank, value in zip(ranks, values, strict=True) if different else [(None, values[0])]:

@@ -97,6 +97,8 @@ class Snapshot:
 
     def check(self) -> None:
         """Raise StoreError where there is such a snapshot already."""
+        if (self.place / LOCK).exists():
+            raise StoreError(f"{self.place.parent} is a store, with the state of a run: name another folder")
         if self.place.exists():
             raise StoreError(
                 f"there is a snapshot in {self.place.parent} already, and snapshots never change: name another folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,11 @@ from rich.progress import (
 )
 
 _WIDEST = 110  # columns: beyond, the eye does not find the next line
+_BLANKS_AT_END = re.compile(r"(?: |\x1b\[[0-9;]*m)+$")  # styles may end among or after them
+
+
+def _styles_of(blanks: re.Match[str]) -> str:
+    return blanks[0].replace(" ", "")
 
 
 class _Console(Console):
@@ -29,7 +35,7 @@ class _Console(Console):
         with self.capture() as captured:
             super().print(*objects, **options)
         for line in captured.get().splitlines():
-            self.file.write(f"{line.rstrip()}\n")
+            self.file.write(f"{_BLANKS_AT_END.sub(_styles_of, line)}\n")
 
 
 def make_console() -> Console:

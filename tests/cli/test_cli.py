@@ -16,11 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
-from offload_opt import _C, __version__, cli
+from offload_opt import _C, AioHandle, __version__, cli
 from offload_opt.config import AioConfig
 from offload_opt.doctor import Finding
 from offload_opt.drives import Mount
+from offload_opt.terminal import make_console
 from offload_opt.tuning import TUNED_FILE, Tuned, load_tuned
 
 WORKING = [name for name, works, _ in _C.engines() if works]
@@ -443,3 +446,25 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
             command = [sys.executable, "-c", COMMAND, *arguments]
             done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
             assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_lines_on_a_terminal_end_where_their_text_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is copied off the screen is to be typed in: rich fills lines with blanks, in the colour of their text."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = make_console()
+    table = Table.grid()
+    for text in ("offload-opt tune /mnt", "offload-opt tune /mnt/longer"):
+        table.add_row(Text(text, style="yellow"))
+    console.print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["\x1b[33moffload-opt tune /mnt\x1b[0m", "\x1b[33moffload-opt tune /mnt/longer\x1b[0m"]
+
+
+def test_bench_says_which_engine_auto_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "bench", tmp_path, *SMALL_BENCH, "--engine", "auto,threads", "--json")
+    assert status == 0
+    with AioHandle() as handle:
+        assert [row["engine"] for row in json.loads(out)["results"]] == list(dict.fromkeys([handle.engine, "threads"]))

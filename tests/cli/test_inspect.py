@@ -108,7 +108,7 @@ def test_inspect_json(capsys: pytest.CaptureFixture[str], store: Path, tmp_path:
     assert rank["folder"] == str((snapshot if what == "snapshot" else store) / RANK)
     for field in ("epoch", "run", "created", "rank", "world_size", "optimizer", "folders"):
         assert rank[field] == body[field]
-    assert (rank["parameters"], rank["parameters_in_groups"], rank["extra"]) == (3, 3, "[1.5]")
+    assert (rank["parameters"], rank["parameters_in_groups"], rank["extra"]) == (3, 3, [1.5])
     assert (rank["units"], rank["units_with_checksum"]) == (len(files), len(files))
     nbytes = sum(file.stat().st_size for file in files)
     assert rank["nbytes"] == nbytes

@@ -140,7 +140,7 @@ ADVICE = [
     ),
     (["--endurance", "1TB"], "--state-dtype int8 writes nothing a step; or --iteration says"),
     (["--endurance", "1TB"], "Steps without a pause use up the drive's rated writes in"),
-    (["--iteration", "1"], "A step takes 4.5 x --iteration: it is what an iteration takes at least."),
+    (["--iteration", "1"], "A step takes 4.5 x as long as --iteration says that an iteration does"),
     (["--endurance", "1TB", "--iteration", "9"], "Steps at this pace use up the drive's rated writes in"),
 ]
 
@@ -155,6 +155,11 @@ def test_advice(
     assert said in in_words(out)
 
 
+@pytest.mark.parametrize("text", ["1.2PBW", "1200 TBW", "1.2PB", "1.2P"])
+def test_rated_writes_are_read_as_data_sheets_have_them(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert figures(capsys, *COUNT, *FAST, "--endurance", text)["endurance"] == 1.2e15
+
+
 def test_advice_about_a_drive_that_is_too_small(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +169,9 @@ def test_advice_about_a_drive_that_is_too_small(
     assert "--durability scratch needs 7.5 GiB" in advice[0]
     assert "--state-dtype bf16 needs 7.5 GiB" in advice[0]
     assert "----" not in advice[0]
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 2 << 30)
+    (advice, *_) = figures(capsys, tmp_path, *COUNT, *FAST)["advice"]
+    assert advice.endswith(": --state-dtype int8 --durability scratch needs 1.9 GiB, and does not survive a crash.")
     monkeypatch.setattr(planning, "free_bytes", lambda _: 1 << 30)
     advice = figures(capsys, tmp_path, *COUNT, *FAST, "--durability", "scratch")["advice"]
     assert advice[0].endswith("A larger drive is needed.")
@@ -190,6 +198,8 @@ def test_a_busy_machine_is_noticed(capsys: pytest.CaptureFixture[str], monkeypat
         ([*COUNT, "--model", "x"], "not allowed with argument --parameters"),
         (["--parameters", "lots"], "argument --parameters: 'lots' is not a count"),
         ([*COUNT, "--bandwidth", "fast"], "'fast' is not a bandwidth: write it as 3.2GB/s"),
+        ([*COUNT, "--bandwidth", "3.2"], "'3.2' is 3 bytes a second: write it with its unit, as 3.2GB/s"),
+        ([*COUNT, "--endurance", "1.2XBW"], "'1.2XBW' is not a number of bytes: write it as 600TB, or 1.2PB"),
         ([*COUNT, "--state-dtype", "fp8"], "'fp8' is not one of exact, bf16, int8"),
         ([*COUNT, "--state-dtype", "bf16,int8"], "names several"),
         ([*COUNT, "--state-dtype", "=int8"], "is not one of"),

@@ -8,6 +8,7 @@ import os
 import resource
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ import offload_opt
 from offload_opt import (
     OffloadError,
     OffloadOptimizer,
+    OffloadWarning,
     StepFailedError,
+    StoreError,
     aio,
 )
 from offload_opt.inner import InnerOptimizer
@@ -181,6 +184,33 @@ def test_ranks_have_folders_of_their_own(store: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     OffloadOptimizer(adam(parameters()), store).close()
     assert [folder.name for folder in store.iterdir()] == ["rank-00001-of-00002"]
+
+
+def test_what_another_number_of_ranks_has_committed_is_not_silently_started_over(
+    store: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def wrap(rank: int, world_size: int, **fields: Any) -> OffloadOptimizer:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        return OffloadOptimizer(adam(parameters()), store, **fields)
+
+    with wrap(0, 2) as optimizer, wrap(1, 2):
+        optimizer.step()
+    wrap(0, 1).close()  # nothing was committed
+    with wrap(0, 2) as optimizer:
+        optimizer.step()
+        optimizer.snapshot()
+    wrap(0, 2).close()
+    wrap(1, 3).close()  # one rank says so for all
+    wrap(0, 3, discard=True).close()
+    assert not recwarn.list
+    with pytest.warns(
+        OffloadWarning, match=r"commits of rank-00000-of-00002; this is rank 0 of 1.* run as many"
+    ) as seen:
+        optimizer = wrap(0, 1)
+    assert seen[0].filename == __file__
+    with optimizer, pytest.raises(StoreError, match=r"no committed epoch .*\(.* has rank-00000-of-00002\)"):
+        optimizer.restore()
 
 
 def test_public_names() -> None:

@@ -89,6 +89,17 @@ def test_a_snapshot_is_links_that_no_later_step_writes_to(store: Path, tmp_path:
     assert contents(tmp_path / "snap") == before
 
 
+def test_what_is_no_place_for_a_snapshot_or_none_is_named(store: Path, tmp_path: Path) -> None:
+    pair = Pair(adam, store, SHAPES)
+    pair.step()
+    with pytest.raises(StoreError, match=f"{store} is a store, with the state of a run: name another folder"):
+        pair.offloaded.snapshot(store)
+    with pytest.raises(StoreError, match=r"the snapshot .*nowhere does not exist"):
+        pair.offloaded.restore(tmp_path / "nowhere")
+    pair.step()
+    pair.check()
+
+
 def test_any_tool_reads_a_snapshot(pair: Pair, tmp_path: Path) -> None:
     pair.step()
     pair.offloaded.snapshot(tmp_path / "snap")
