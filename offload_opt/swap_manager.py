@@ -267,22 +267,22 @@ class SwapManager:
                 self._evict_last()
         self._read_ahead(order[len(self._ring) :])
         depth = len(self._ring)
-        for position, unit in enumerate(order):
+        next_in_buffer: list[SwapUnit | None] = [*order[depth:], *[None] * depth]
+        for unit, following in zip(order, next_in_buffer, strict=True):
             _, buffer = self._ring.popleft()
             if self._arrive(unit, buffer):
                 self._store.check_read(unit, buffer.data)
-            stays = position + depth >= len(order)
-            checksum = None if stays else self._store.new_checksum(unit, buffer.data)
+            checksum = None if following is None else self._store.new_checksum(unit, buffer.data)
             started = time.perf_counter()
             visit(unit, buffer.data, checksum)
             self._stats.update_seconds += time.perf_counter() - started
             unit.is_dirty, unit.is_blank = True, False
-            if not stays:
+            if following is None:  # it stays
+                self._ring.append((unit, buffer))
+            else:
                 unit.move_to(UnitState.WRITING)
                 self._write(unit, buffer, checksum)
-                self._start_read(order[position + depth], buffer)
-            else:
-                self._ring.append((unit, buffer))
+                self._start_read(following, buffer)
             self._finish_ended_writes()
         self._ring.reverse()
 

@@ -66,19 +66,18 @@ class Scratch:
 class _Loaded:
     """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
 
-    ``parameter`` is the parameter's elements, flat, or where the piece is whole the parameter itself. Of its state,
-    ``views`` are the unit's bytes, and ``decoded`` the values of ``codings``, to be encoded after the update; ``lent``
-    is what it sees of both: an optimizer may put other memory into a tensor (by ``.data``). So it is with ``target``
-    and its ``memory``.
+    ``parameter`` is the parameter's elements, flat, or where the piece is whole the parameter itself. ``paged`` is its
+    state in memory: the unit's bytes, or the values of ``codings``, to be encoded after the update. What it sees of
+    that is ``lent``: an optimizer may put other memory into a tensor (by ``.data``). So it is with the parameter that
+    it updates, ``target``, and its ``memory``.
     """
 
     piece: Piece
     chunk: Chunk
     parameter: torch.Tensor
-    views: dict[str, torch.Tensor]
     target: torch.Tensor
+    paged: dict[str, torch.Tensor]
     memory: torch.Tensor | None = None
-    decoded: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     codings: list[Any] = dataclasses.field(default_factory=list)
     lent: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -176,11 +175,15 @@ class UnitUpdate:
     ) -> _Loaded:
         """``gradient`` is laid out as ``_Loaded.parameter``."""
         small = piece.resident  # the value before this step, for every chunk of the piece
-        loaded = _Loaded(piece, chunk, parameter, {tensor.name: tensor.view(data) for tensor in chunk.exact}, parameter)
+        paged = {tensor.name: tensor.view(data) for tensor in chunk.exact}
+        loaded = _Loaded(piece, chunk, parameter, parameter, paged)
         self._note_codings(loaded, data)
-        grad, casts = gradient, list[Any]()
+        casts: list[Any] = []
         if piece.master is not None:
-            grad, casts = self._cast(loaded, gradient)
+            loaded.memory = paged.pop(MASTER)
+            # Detached: what an optimizer may note on a parameter is not to be found on the next one.
+            loaded.target = loaded.memory.detach()
+            loaded.target.grad, casts = self._cast(loaded, gradient)
         elif not piece.is_whole:
             loaded.target = loaded.run_of(parameter)
             loaded.target.grad = loaded.run_of(gradient)
@@ -190,20 +193,14 @@ class UnitUpdate:
             decode_native(codings)
         elif codings:
             decode(codings)
-        if piece.master is not None:
-            # Detached: what an optimizer may note on a parameter is not to be found on the next one.
-            loaded.memory = loaded.views.pop(MASTER) if MASTER in loaded.views else loaded.decoded[MASTER]
-            loaded.target = loaded.memory.detach()
-            if small is None:
-                loaded.target.copy_(loaded.run_of(parameter))
-            loaded.target.grad = grad
         if small is not None:
             # The last chunk may have the values themselves.
             is_last = chunk.end == piece.stop
             loaded.state.update(small if is_last else {name: copy_value(value) for name, value in small.items()})
-            paged = (*loaded.views.items(), *loaded.decoded.items())
-            loaded.lent.update({name: value.detach() for name, value in paged if name != MASTER})
+            loaded.lent = {name: value.detach() for name, value in paged.items()}
             loaded.state.update(loaded.lent)
+        elif piece.master is not None:
+            loaded.target.copy_(loaded.run_of(parameter))
         return loaded
 
     def _note_codings(self, loaded: _Loaded, data: torch.Tensor) -> None:
@@ -213,7 +210,7 @@ class UnitUpdate:
         for run in chunk.coded:
             tensor = run.tensor
             values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, device)
-            loaded.decoded[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
+            loaded.paged[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
             if by_address:
                 weight = _address(parameter, chunk.begin)
                 loaded.codings.append(native_coding_of(piece, run, start, values, chunk.begin, weight))
@@ -271,9 +268,8 @@ class UnitUpdate:
         piece = loaded.piece
         if loaded.memory is not None and loaded.memory.data_ptr() != loaded.target.data_ptr():
             loaded.memory.copy_(loaded.target)
-        paged = {**loaded.views, **loaded.decoded}
         for name, value in state.items():
-            if name not in paged:
+            if name not in loaded.paged:
                 if is_large(value):
                     raise OffloadError(
                         f"{self._inner.name} made a new state tensor {name!r} for {piece.name}, which it did not "
@@ -282,15 +278,15 @@ class UnitUpdate:
                 small[name] = value
                 continue
             lent = loaded.lent.get(name)
-            if value is not lent or lent.data_ptr() != paged[name].data_ptr():
-                paged[name].copy_(value)
+            if value is not lent or lent.data_ptr() != loaded.paged[name].data_ptr():
+                loaded.paged[name].copy_(value)
         if loaded.chunk.end == piece.stop:
             piece.resident = _updated(piece.resident or {}, small)
 
     def _encode(self, loaded: _Loaded, checksum: Checksum | None) -> None:
         """Store what has a codec, and round a master to its weight."""
         piece, begin = loaded.piece, loaded.chunk.begin
-        if piece.master is not None and MASTER not in loaded.decoded:
+        if piece.master is not None and piece.master.codec == "exact":
             loaded.run_of(loaded.parameter).copy_(loaded.target)
         if loaded.codings:
             names = [run.tensor.name for run in loaded.chunk.coded]

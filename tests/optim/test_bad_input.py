@@ -35,7 +35,7 @@ def test_unknown_options_are_refused_with_the_nearest(folder_stays_empty: Path) 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("host_memory", "lots", "host_memory='lots' is not a size: write bytes, or a number with K, M, G or T"),
+        ("host_memory", "lots", "host_memory='lots' is not a size: write bytes, or a number with K, M, G, T or P"),
         ("host_memory", "2i", "host_memory='2i' is not a size"),
         ("host_memory", -1, "host_memory must be positive"),
         ("host_memory", 1.5, "host_memory must be a size"),

@@ -120,7 +120,7 @@ def test_a_wrong_optimizer_or_model_is_refused_and_nothing_is_changed(store: Pat
         with pytest.raises(ConfigError, match="MANIFEST"):
             pair.offloaded.restore(directory)
         pair.check()
-    with pytest.raises(StoreError, match=r"no snapshot of rank 0 of 1"):
+    with pytest.raises(StoreError, match=r"does not exist"):
         pair.offloaded.restore(tmp_path / "nowhere")
     pair.step()
     pair.check()
