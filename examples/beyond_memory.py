@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpt import GPT, HEAD, Formatter, batches, positive, standard_library, width
+from gpt import GPT, HEAD, Formatter, batches, directory, positive, standard_library, width
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -171,7 +171,7 @@ def show(args: argparse.Namespace, runs: dict[str, Run]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("folder", type=Path, help="a folder on the drive that is to hold the optimizer state")
+    parser.add_argument("folder", type=directory, help="a folder on the drive that is to hold the optimizer state")
     parser.add_argument("--memory", default="6GiB", help="what a process may take")
     parser.add_argument("--host-memory", default="256MiB", help="bound of the state's share of it")
     parser.add_argument("--state-dtype", default="exact", choices=("exact", "bf16", "int8"), help="of the two moments")

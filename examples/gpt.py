@@ -36,6 +36,14 @@ def width(text: str) -> int:
     return int(text)
 
 
+def directory(text: str) -> Path:
+    """A folder of an option, which may be made yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return path
+
+
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each added to what came in."""
 

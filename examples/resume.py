@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpt import GPT, batches, standard_library
+from gpt import GPT, batches, directory, standard_library
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -180,7 +180,7 @@ def report(args: argparse.Namespace, plain: Run, killed: Run) -> tuple[Table, bo
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="on the drive to use; what is made in it is removed at the end")
+    parser.add_argument("folder", type=directory, help="on the drive to use; what is made in it is removed at the end")
     parser.add_argument("--kills", type=int, default=3, help="how often it is killed (default: %(default)s)")
     parser.add_argument("--host-memory", default="4MiB", help="host memory for optimizer state (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40)

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from gpt import GPT, HEAD, Formatter, batches, positive, standard_library, width
+from gpt import GPT, HEAD, Formatter, batches, directory, positive, standard_library, width
 from rich.progress import track
 
 from offload_opt import OffloadOptimizer
@@ -25,7 +24,7 @@ from offload_opt import OffloadOptimizer
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
-    add("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder; else in memory")
+    add("--offload", type=directory, metavar="DIR", help="keep the optimizer state in this folder; else in memory")
     add("--host-memory", default="8MiB", metavar="SIZE", help="host memory for optimizer state")
     add("--steps", type=positive, default=20, help="optimizer steps")
     add("--accumulate", type=positive, default=2, help="batches an optimizer step")

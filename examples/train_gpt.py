@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from gpt import GPT, HEAD, Formatter, batches, positive, standard_library, width
+from gpt import GPT, HEAD, Formatter, batches, directory, positive, standard_library, width
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,7 +36,7 @@ class Run:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
-    add("--offload", type=Path, metavar="DIR", help="keep the optimizer state in this folder; else in memory")
+    add("--offload", type=directory, metavar="DIR", help="keep the optimizer state in this folder; else in memory")
     add("--host-memory", default="24MiB", metavar="SIZE", help="host memory for optimizer state")
     add("--compare", action="store_true", help="train in memory too, and compare")
     add("--steps", type=positive, default=110, help="optimizer steps")

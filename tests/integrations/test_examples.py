@@ -51,6 +51,24 @@ def test_train_gpt_refuses_what_makes_no_model(option: str, value: str, said: st
     assert said in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["train_gpt.py", "--offload"], ["train_accelerate.py", "--offload"], ["resume.py"], ["beyond_memory.py"]],
+    ids=lambda command: command[0],
+)
+def test_a_file_is_no_folder_for_state(command: list[str], tmp_path: Path) -> None:
+    if command[0] == "train_accelerate.py":
+        pytest.importorskip("accelerate")
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / command[0], *command[1:], tmp_path / "file"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1][-20:]) == (2, "file is not a folder")
+
+
 def test_train_gpt_refuses_compare_without_a_folder() -> None:
     done = subprocess.run(
         [sys.executable, EXAMPLES / "train_gpt.py", "--compare"], capture_output=True, text=True, check=False
