@@ -33,7 +33,8 @@ from .manifest import (
     read_manifest,
     tensor_records,
 )
-from .pager import ParameterPager, ParameterState, parameters_of, plan_parameters, resident_from, whole_tensors
+from .pager import ParameterPager, whole_tensors
+from .parameters import ParameterState, parameters_of, plan_parameters, resident_from
 from .snapshots import Snapshot, delete_older
 from .state_file import map_state
 from .store import SwapStore
@@ -72,8 +73,6 @@ class Checkpointer:
         handle: AioHandle,
         config: OffloadConfig,
         place: tuple[int, int],
-        *,
-        discard: bool,
     ) -> None:
         self._inner = inner
         self._pager = pager
@@ -88,15 +87,6 @@ class Checkpointer:
         self._is_durable = config.durability != "scratch"
         # What the store was opened with, and nobody has decided about.
         self._undecided = store.committed is not None
-        others = _ranks_in(store.folders[0].parent)
-        if store.committed is None and self._rank == 0 and others and not discard:
-            warnings.warn(
-                f"{store.folders[0].parent} has commits of {', '.join(others)}; this is rank 0 of {self._world_size}, "
-                "which starts over beside them, since a store is gone on with by as many ranks as made it. To go on, "
-                "run as many, or load a state_dict() of them; discard=True leaves out this warning",
-                OffloadWarning,
-                stacklevel=3,
-            )
 
     @property
     def committed_epoch(self) -> int | None:
@@ -359,6 +349,7 @@ class Checkpointer:
 
     def _manifest(self, groups: Groups, extra: Any) -> Manifest:
         """What there is to commit, all of it on its way; what cannot be stored is refused before the weights are."""
+        self._pager.check_masters(groups)
         encoded_groups, encoded_extra = _encode_groups(groups), encode_value({} if extra is None else extra, "extra")
         self._manager.flush()
         keys = self._pager.stored_keys()
@@ -399,6 +390,19 @@ class Checkpointer:
             weights=weights,
             extra=encoded_extra,
             snapshots=list(self._snapshots),
+        )
+
+
+def warn_of_others(folder: Path, rank: int, world_size: int) -> None:
+    """Warn where a rank's store, in ``folder``, would begin beside the commits of another number of ranks."""
+    others = [name for name in _ranks_in(folder.parent) if not name.endswith(f"-of-{world_size:05d}")]
+    if rank == 0 and others and not (folder / MANIFEST).exists():
+        warnings.warn(
+            f"{folder.parent} has commits of {', '.join(others)}; this is rank {rank} of {world_size}, which starts "
+            "over beside them, since a store is gone on with by as many ranks as made it. To go on, run as many, or "
+            "load a state_dict() of them; discard=True leaves out this warning",
+            OffloadWarning,
+            stacklevel=3,
         )
 
 

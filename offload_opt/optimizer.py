@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 
 from .aio import AioHandle
-from .checkpoint import Checkpointer, check_directory
+from .checkpoint import Checkpointer, check_directory, warn_of_others
 from .config import OffloadConfig
 from .errors import ConfigError, OffloadError, UnsupportedOptimizerError
 from .folders import check_folders, check_space, rank_folder
 from .inner import InnerOptimizer, register
-from .pager import ParameterPager, check_state_names, parameters_of, plan_parameters, plan_states
+from .pager import ParameterPager
+from .parameters import check_state_names, parameters_of, plan_parameters, plan_states
 from .state_dict import PagedState, Unconverted, export_state, hide_from_conversion
 from .store import SwapStore
 from .swap_manager import Failure, SwapManager
@@ -82,6 +83,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         plans = _plan_trainable(inner, self.config)
         check_memory(plans, *self.config.memory)
         self._check_space(folders, plans, inner.optimizer.param_groups)
+        if not discard:
+            warn_of_others(folders[0], *place)
         bandwidths = bandwidths_of(paths, aio, self.config.memory[0])
 
         self._inner = inner
@@ -97,9 +100,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise
         self._manager = SwapManager(handle, store, self.config.memory[0], self._stats, self._failure)
         self._pager = ParameterPager(inner, self._manager, self.config)
-        self._checkpointer = Checkpointer(
-            inner, self._pager, self._manager, store, handle, self.config, place, discard=discard
-        )
+        self._checkpointer = Checkpointer(inner, self._pager, self._manager, store, handle, self.config, place)
         self.extra: Any = {}
         """Any JSON, tuples, bytes and small tensors, which the commits of steps hold and ``restore()`` returns."""
         self._pid = os.getpid()

@@ -29,7 +29,7 @@ from .folders import check_folder, free_bytes
 from .inner import InnerOptimizer
 from .model_sizes import Model
 from .optimizer import OffloadOptimizer
-from .pager import check_state_names, parameters_of, plan_parameters
+from .parameters import check_state_names, parameters_of, plan_parameters
 from .planner import Bandwidth, Footprint, Prediction, balancing_memory, footprint, predict
 from .tuning import load_tuned, settings_for
 from .unit_file import unit_header

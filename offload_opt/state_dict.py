@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ class PagedParameterState:
     code that walks the state to move it to a device (Lightning) passes it by instead of loading all of it.
     """
 
-    def __init__(self, pager: ParameterPager, key: Key) -> None:
+    def __init__(self, pager: ParameterPager, key: Key, renew: Callable[[Key], None]) -> None:
         self._pager = pager
         self._key = key
+        self._renew = renew
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise KeyError(name)
-        with self._pager.alone(f"state[...][{name!r}]"):
+        with self._pager.alone(f"state[...][{name!r}]", reads=True):
+            self._renew(self._key)
             return self._pager.read(self._key, name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -43,7 +45,6 @@ class PagedParameterState:
 
     def keys(self) -> list[str]:
         """The names, in the optimizer's order."""
-        self._pager.check_alone("state[...]")
         return self._pager.names(self._key)
 
     def values(self) -> Iterator[Any]:
@@ -81,7 +82,7 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
         self._pager.check_alone("state[...]")
         for key, other in self._parameters().items():
             if other is parameter:
-                return PagedParameterState(self._pager, key)
+                return PagedParameterState(self._pager, key, self._renew)
         raise KeyError("not a parameter of this optimizer")
 
     def __setitem__(self, parameter: torch.Tensor, value: Any) -> None:
@@ -110,23 +111,30 @@ class PagedState(Mapping[torch.Tensor, PagedParameterState]):
         parameters = self._parameters()
         return {parameters[key]: state for key, state in self._pager.mapped().items()}
 
-    def _parameters(self) -> dict[Key, torch.Tensor]:
+    def _groups(self) -> list[dict[str, Any]]:
         owner = self._owner()
         if owner is None:
             raise OffloadError("the OffloadOptimizer that this state belonged to is gone, and its state with it")
-        return self._pager.parameters(owner.param_groups)
+        return owner.param_groups
+
+    def _parameters(self) -> dict[Key, torch.Tensor]:
+        return self._pager.parameters(self._groups())
+
+    def _renew(self, key: Key) -> None:
+        self._pager.renew(self._groups(), key)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, PagedParameterState]]:
         self._pager.check_alone("state[...]")
         parameters = self._parameters()
         for key in self._pager.keys_with_state():
-            yield parameters[key], PagedParameterState(self._pager, key)
+            yield parameters[key], PagedParameterState(self._pager, key, self._renew)
 
 
 def export_state(
     path: Path, pager: ParameterPager, manager: SwapManager, optimizer: str, groups: Sequence[dict[str, Any]]
 ) -> None:
     """Write all state to one safetensors file; see ``OffloadOptimizer.export_safetensors``."""
+    pager.parameters(groups)  # as they are now
     pager.page_out_brought(groups)
     keys = pager.stored_keys()
     names = _unique_names({key: pager.entries[key].plan.name for key in keys})

@@ -38,13 +38,13 @@ Place = Callable[[SwapUnit], tuple[Path, int]]
 class WholeTensor(NamedTuple):
     """A state tensor of a parameter, and the pieces in which it is stored, in order.
 
-    ``weight`` is the parameter, flat, where a master's remainder is stored.
+    ``weight`` gives the parameter, in the order of the tensor's memory, where a master's remainder is stored.
     """
 
     label: str
     spec: StateTensor
     pieces: Sequence[tuple[SwapUnit, Piece]]
-    weight: torch.Tensor | None = None
+    weight: Callable[[], torch.Tensor | None]
 
 
 def map_state(tensors: Sequence[WholeTensor], place: Place, folder: Path) -> list[torch.Tensor]:
@@ -110,6 +110,7 @@ def export(
 
 
 def _copy_pieces(tensor: WholeTensor, place: Place, target: int, offset: int) -> None:
+    weight = tensor.weight()
     for unit, piece in tensor.pieces:
         path, data_start = place(unit)
         stored = next(stored for stored in piece.tensors if stored.name == tensor.spec.name)
@@ -118,7 +119,7 @@ def _copy_pieces(tensor: WholeTensor, place: Place, target: int, offset: int) ->
             if stored.codec == "exact":
                 _copy_range(source, data_start + stored.offset, target, offset, stored.nbytes, path)
             else:
-                _decode_range(source, data_start, target, offset, piece, stored, tensor.weight)
+                _decode_range(source, data_start, target, offset, piece, stored, weight)
         finally:
             os.close(source)
         offset += stored.nbytes

@@ -13,7 +13,7 @@ from .checksums import Checksum
 from .coding import flat
 from .errors import ConfigError
 from .manifest import DTYPES, Layout, ParameterRecord, tensor_records
-from .pager import name_of, parameters_of
+from .parameters import name_of, parameters_of
 from .store import SwapStore
 from .swap_manager import SwapManager
 from .unit_file import CHUNK_BYTES

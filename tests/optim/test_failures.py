@@ -187,7 +187,7 @@ def test_ranks_have_folders_of_their_own(store: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_another_number_of_ranks_has_committed_is_not_silently_started_over(
-    store: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     def wrap(rank: int, world_size: int, **fields: Any) -> OffloadOptimizer:
         monkeypatch.setenv("RANK", str(rank))
@@ -197,6 +197,11 @@ def test_what_another_number_of_ranks_has_committed_is_not_silently_started_over
     with wrap(0, 2) as optimizer, wrap(1, 2):
         optimizer.step()
     wrap(0, 1).close()  # nothing was committed
+    with wrap(1, 2) as optimizer:
+        optimizer.step()
+        optimizer.snapshot()
+    wrap(0, 2).close()  # killed between the first commits of two ranks
+    (store / "rank-00001-of-00002").rename(tmp_path / "elsewhere")
     with wrap(0, 2) as optimizer:
         optimizer.step()
         optimizer.snapshot()

@@ -190,7 +190,8 @@ def test_restore_takes_up_no_damaged_byte(
     pair.offloaded.snapshot(tmp_path / "snapshot")
     place = None if source == "store" else tmp_path / "snapshot"
     pair.reopen(checksum="off", **fields)
-    for damaged in (files := state_and_weights(place or store)[which == "weights"])[:: max(1, len(files) - 1)]:
+    files = state_and_weights(place or store)[which == "weights"]
+    for damaged in {files[0], files[-1]}:
         flip_a_byte(damaged, -1)
         with torch.no_grad():
             pair.parameters[0].add_(1)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 
 from offload_opt import ConfigError, OffloadError, StepFailedError, StoreError
 from offload_opt.manifest import write_manifest
+from offload_opt.pager import ParameterPager
 from offload_opt.slots import UnitSlots
 from offload_opt.store import SwapStore
 from tests import scripts
-from tests.optim.support import SHAPES, Pair, Resumed, adam, assert_same_state, check_commit
+from tests.optim.support import SHAPES, Pair, Resumed, adam, assert_same_state, bits_equal, check_commit
 
 RANK = "rank-00000-of-00001"
 
@@ -311,6 +313,7 @@ def test_a_call_in_the_middle_of_a_step_is_refused(store: Path, tmp_path: Path) 
     first = pair.offloaded.state[pair.parameters[0]]
 
     def handler(*_: Any) -> None:
+        assert repr(first) == "<paged state: step, exp_avg, exp_avg_sq>"  # as a debugger shows it
         for call in calls:
             try:
                 call()
@@ -329,6 +332,28 @@ def test_a_call_in_the_middle_of_a_step_is_refused(store: Path, tmp_path: Path) 
     inner.param_groups[0]["betas"] = (0.9, 0.999)
     pair.check()
     pair.step()
+    pair.check()
+
+
+def test_a_step_waits_for_what_another_thread_reads(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.step()
+    reads, may_go_on = threading.Event(), threading.Event()
+    read = ParameterPager.read
+
+    def slowly(*args: Any) -> Any:
+        reads.set()
+        may_go_on.wait(10)
+        return read(*args)
+
+    monkeypatch.setattr(ParameterPager, "read", slowly)
+    then = pair.plain.state[pair.plain_parameters[0]]["exp_avg"].clone()
+    with ThreadPoolExecutor() as threads:
+        found = threads.submit(lambda: pair.offloaded.state[pair.parameters[0]]["exp_avg"])
+        assert reads.wait(10)
+        threads.submit(lambda: (time.sleep(0.1), may_go_on.set()))
+        pair.step()
+        assert bits_equal(found.result(), then)
+    monkeypatch.undo()
     pair.check()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing._internal.two_tensor import TwoTensor
 
 from offload_opt import OffloadError, OffloadOptimizer, UnsupportedOptimizerError
@@ -47,9 +48,21 @@ def test_a_master_is_not_read_by_a_parameter_that_has_become_another(store: Path
     module = torch.nn.Linear(8, 8).bfloat16()
     optimizer = OffloadOptimizer(torch.optim.AdamW(module.parameters()), store, master_weights=True)
     step(optimizer)
+    optimizer.snapshot()
+    moment = optimizer.state[module.weight]["exp_avg"]
     module.float()
-    with pytest.raises(OffloadError, match=r"master of param_0 .*torch.bfloat16.* torch.float32 now"):
+    cannot = pytest.raises(OffloadError, match=r"master of param_0 .*torch.bfloat16.* torch.float32 now")
+    with cannot:
         optimizer.state[module.weight]["master"]
+    with cannot:  # it would be a commit that nothing restores, in place of the last one
+        optimizer.snapshot()
+    assert bits_equal(optimizer.state[module.weight]["exp_avg"], moment)
+    module.weight.grad = torch.ones_like(module.weight)
+    with pytest.raises(OffloadError, match=r"param_0 is not what its state was laid out for any more.*\)$"):
+        optimizer.step()
+    module.bfloat16()
+    optimizer.restore()
+    step(optimizer)
 
 
 class Pointing(torch.optim.Optimizer):
@@ -139,7 +152,20 @@ def test_parameters_that_share_memory_are_refused(store: Path) -> None:
     with OffloadOptimizer(torch.optim.AdamW(beside), store) as optimizer:
         step(optimizer)
     second.requires_grad_(False)
-    OffloadOptimizer(torch.optim.AdamW([first, second]), store)
+    OffloadOptimizer(torch.optim.AdamW([first, second]), store).close()
+
+
+def test_parameters_in_flat_memory_that_is_released_do_not_seem_to_share_it(store: Path) -> None:
+    memories = [torch.randn(200) for _ in range(2)]
+    parameters = [torch.nn.Parameter(part) for memory in memories for part in memory.split(100)]
+    with OffloadOptimizer(torch.optim.AdamW(parameters), store) as optimizer:
+        step(optimizer)
+        optimizer.snapshot()
+        state = optimizer.state_dict()
+        for memory in memories:
+            memory.untyped_storage().resize_(0)
+        optimizer.load_state_dict(state)
+    OffloadOptimizer(torch.optim.AdamW(parameters), store).restore()
 
 
 def test_the_state_of_a_parameter_that_was_replaced_and_frozen_is_read(store: Path) -> None:
@@ -152,6 +178,20 @@ def test_the_state_of_a_parameter_that_was_replaced_and_frozen_is_read(store: Pa
     parameters[1].grad = torch.randn(50).bfloat16()
     optimizer.step()
     assert bits_equal(optimizer.state_dict()["state"][0]["master"], master)
+
+
+def test_a_parameter_that_is_replaced_is_the_one_that_a_master_is_read_by(store: Path, tmp_path: Path) -> None:
+    old = torch.nn.Parameter(torch.randn(50).bfloat16())
+    optimizer = OffloadOptimizer(torch.optim.AdamW([old]), store, master_weights=True)
+    step(optimizer)
+    held = optimizer.state[old]
+    master = held["master"]
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(old.detach().clone())
+    old.data.zero_()
+    assert bits_equal(held["master"], master)
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(master.bfloat16())
+    optimizer.export_safetensors(tmp_path / "state.safetensors")
+    assert bits_equal(load_file(tmp_path / "state.safetensors")["param_0.master"], master)
 
 
 WITH_DEFAULT_DEVICE = """

@@ -17,7 +17,7 @@ LAYERS = [
     ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
-    ["update", "pager", "state_dict", "weights", "checkpoint", "optimizer"],
+    ["update", "parameters", "pager", "state_dict", "weights", "checkpoint", "optimizer"],
     ["distributed", "integrations"],
     [
         "doctor",
