@@ -21,7 +21,7 @@ SOURCE := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-demo: $(VENV)/.examples  ## train a GPT in memory and on disk, and once more with kill -9 (four minutes)
+demo: $(VENV)/.examples  ## train a GPT in memory and on disk, and once more with kill -9 (three minutes)
 	@mkdir -p "$(DIR)"
 	$(BIN)/python examples/train_gpt.py --compare --offload "$(DIR)/demo"
 	$(BIN)/python examples/resume.py "$(DIR)"
