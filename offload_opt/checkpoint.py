@@ -220,7 +220,7 @@ class Checkpointer:
             self._pager.adopt(groups, found.states, found.units)
 
     def _find(self, directory: Path | None, groups: Groups) -> _Found:
-        """Read and check what is to be restored. Raises StoreError or ConfigError; changes nothing."""
+        """Read and check what is to be restored. Raises StoreError, ConfigError or OSError; changes nothing."""
         if directory is None:
             manifest = self._store.reload()
             folders: Sequence[Path] = self._store.folders

@@ -336,12 +336,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """
         if not self._shut_down.alive:
             return
-        self._pager.check_alone("close()")
-        try:
-            if not self._manager.has_failed:
-                self._manager.synchronize()
-        finally:
-            self._shut_down()
+        with self._pager.alone("close()"):
+            try:
+                if not self._manager.has_failed:
+                    self._manager.synchronize()
+            finally:
+                self._shut_down()
 
     def __enter__(self) -> OffloadOptimizer:
         return self

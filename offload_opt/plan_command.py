@@ -223,7 +223,8 @@ def _print(console: Console, question: Question, rows: Sequence[Row], given: Giv
     if len(rows) > 1:
         console.print(_comparison(rows, chosen, given))
         console.print("bf16 and int8 round the state each time it is stored; exact is bit for bit.", style="dim")
-        console.print()
+        if notes:
+            console.print()
     for note in notes:
         console.print(Text(note, style="yellow"))
 

@@ -6,6 +6,7 @@ Tensors that are not contiguous, and runs of a larger tensor, are stored flat, i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -80,18 +81,24 @@ def check_bytes(handle: AioHandle, stored: Iterable[StoredUnit]) -> None:
         if is_last and checksum.text() != each.checksum:
             raise _damaged(each.unit, each.path)
 
-    for each in stored:
-        if each.checksum is None:
-            continue
-        checksum, nbytes = RunningChecksum(), each.unit.nbytes
-        for begin in range(0, nbytes, CHUNK_BYTES // 2):
-            if len(flight) == 2:  # while one is hashed, the next one is read
-                finish_first()
-            part = next(buffers)[: nbytes - begin]
-            future = handle.async_pread(part, each.path, each.data_start + begin)
-            flight.append((each, checksum, part, future, begin + part.nbytes == nbytes))
-    while flight:
-        finish_first()
+    try:
+        for each in stored:
+            if each.checksum is None:
+                continue
+            checksum, nbytes = RunningChecksum(), each.unit.nbytes
+            for begin in range(0, nbytes, CHUNK_BYTES // 2):
+                if len(flight) == 2:  # while one is hashed, the next one is read
+                    finish_first()
+                part = next(buffers)[: nbytes - begin]
+                future = handle.async_pread(part, each.path, each.data_start + begin)
+                flight.append((each, checksum, part, future, begin + part.nbytes == nbytes))
+        while flight:
+            finish_first()
+    finally:
+        # An error that nobody has waited for would be raised by a later wait of the handle.
+        for *_, future, _ in flight:
+            with contextlib.suppress(OSError):
+                future.wait()
 
 
 def check_unit(unit: SwapUnit, data: torch.Tensor, expected: str | None, path: Path) -> None:

@@ -165,7 +165,10 @@ def test_parameters_in_flat_memory_that_is_released_do_not_seem_to_share_it(stor
         for memory in memories:
             memory.untyped_storage().resize_(0)
         optimizer.load_state_dict(state)
-    OffloadOptimizer(torch.optim.AdamW(parameters), store).restore()
+    with OffloadOptimizer(torch.optim.AdamW(parameters), store) as optimizer:
+        optimizer.restore()
+        for index, parameter in enumerate(parameters):
+            assert bits_equal(optimizer.state[parameter]["exp_avg"], state["state"][index]["exp_avg"])
 
 
 def test_the_state_of_a_parameter_that_was_replaced_and_frozen_is_read(store: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from offload_opt import AioHandle, ConfigError, StoreError
 from offload_opt.folders import check_folder, check_space, rank_folder
 from offload_opt.store import SwapStore
-from offload_opt.unit_file import check_storable
+from offload_opt.unit_file import StoredUnit, check_bytes, check_storable
 from offload_opt.units import PAGE, Piece, StateTensor, SwapUnit
 from tests.conftest import seed
 
@@ -450,3 +450,30 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="not writable"):
         check_folder(tmp_path)
+
+
+class BrokenDrive:
+    """In place of a handle: every read fails."""
+
+    def __init__(self) -> None:
+        self.not_waited_for: list[BrokenDrive.Future] = []
+
+    class Future:
+        def __init__(self, drive: BrokenDrive) -> None:
+            self._drive = drive
+
+        def wait(self) -> int:
+            self._drive.not_waited_for.remove(self)
+            raise OSError(errno.EIO, "unreadable")
+
+    def async_pread(self, *_: object) -> Future:
+        self.not_waited_for.append(BrokenDrive.Future(self))
+        return self.not_waited_for[-1]
+
+
+def test_a_check_that_fails_leaves_no_error_to_a_later_wait(tmp_path: Path) -> None:
+    drive: Any = BrokenDrive()
+    units = [SwapUnit(index, (), nbytes, torch.device("cpu")) for index, nbytes in enumerate((4096, 9 << 20))]
+    with pytest.raises(OSError, match="unreadable"):
+        check_bytes(drive, [StoredUnit(unit, tmp_path / "file", 4096, "some") for unit in units])
+    assert not drive.not_waited_for
