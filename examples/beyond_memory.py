@@ -123,8 +123,8 @@ def watch(args: argparse.Namespace, way: str) -> Run:
                     run.peak = max(run.peak, resident(process.pid))
                     if run.peak > args.memory:
                         process.kill()
-                    most = f"{format_bytes(run.peak)} of {format_bytes(args.memory)} at most"
-                    status.update(f"{args.steps} steps {WAYS[way]}: {most}")
+                    most = f"{format_bytes(run.peak)} at most, of {format_bytes(args.memory)}"
+                    status.update(f"training {WAYS[way]}: {most}")
                     time.sleep(0.005)
         finally:
             process.kill()
