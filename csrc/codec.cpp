@@ -87,17 +87,16 @@ OFFLOAD_OPT_INLINE inline std::size_t stretch_length(Rounding rounding, std::uin
   return (std::uint64_t{1} << 32) - ((rounding.first + offset) & 0xFFFFFFFF);
 }
 
-// 32 random bits of a stretch's element i: lowbias32 (Chris Wellons, https://nullprogram.com/blog/2018/07/31/), with
-// the other half of the key put in midway, so that one key's numbers are not another's in another order.
+// Random bits of a stretch's element i, the upper 16 to 20 of which are to be used: lowbias32 (Chris Wellons,
+// https://nullprogram.com/blog/2018/07/31/) without its last round, which is for the lower ones, and with the other
+// half of the key put in midway, so that one key's numbers are not another's in another order.
 OFFLOAD_OPT_INLINE inline std::uint32_t random_bits(Stretch stretch, std::uint32_t i) {
   std::uint32_t x = stretch.low + i;
   x ^= x >> 16;
   x *= 0x7FEB352D;
   x ^= x >> 15;
   x ^= stretch.mixed;
-  x *= 0x846CA68B;
-  x ^= x >> 16;
-  return x;
+  return x * 0x846CA68B;
 }
 
 // Calls `work(offset, length, stretch)` for each stretch of 0..count.
@@ -157,6 +156,22 @@ struct Minifloat {
     return static_cast<std::uint8_t>(code);
   }
 
+  // Whether encode_usual() does for a block whose magnitudes have bits from `least` to `largest`.
+  static bool is_usual(std::uint32_t least, std::uint32_t largest) {
+    return largest + (1U << kShift) <= 255U << 23 && (kSigned || least > 0);
+  }
+
+  // encode() in fewer steps: no code is above kTop, as no block exponent had to be lowered, and of non-negative values
+  // none is zero. What is a multiple of 256 codes does not show in a byte, nor what a sum carries away from the sign.
+  OFFLOAD_OPT_INLINE static std::uint8_t encode_usual(std::uint32_t bits, std::uint32_t base, std::uint32_t random) {
+    const std::uint32_t magnitude = kSigned ? bits & kMagnitude : bits;
+    const std::uint32_t even = bits_of(float_of(magnitude) + float_of(base));
+    std::uint32_t place = greater(even, magnitude + (1U << 23)) + (random >> (32 - kShift));
+    if constexpr (kSigned) place += (bits & ~kMagnitude) >> (24 - kShift);
+    const auto code = static_cast<std::uint8_t>((place >> kShift) - (base >> kShift));
+    return kSigned || code > 0 ? code : 1;
+  }
+
   OFFLOAD_OPT_INLINE static float decode(std::uint32_t code, std::uint32_t base) {
     const std::uint32_t magnitude = code & kTop;
     const std::uint32_t place = base + (magnitude << kShift);
@@ -175,11 +190,19 @@ OFFLOAD_OPT_INLINE inline std::uint32_t largest_magnitude(const float* values, s
   return largest;
 }
 
-// The largest bits of a whole block: of none below zero, those of the largest magnitude.
-OFFLOAD_OPT_INLINE inline std::uint32_t largest_bits(const float* values) {
+struct Extremes {
+  std::uint32_t least, largest;
+};
+
+// Of the bits of a whole block: of none below zero, those of the magnitudes.
+OFFLOAD_OPT_INLINE inline Extremes extreme_bits(const float* values) {
+  std::uint32_t least = ~0U;
   std::uint32_t largest = 0;
-  for (std::size_t i = 0; i < kInt8Block; ++i) largest = greater(largest, bits_of(values[i]));
-  return largest;
+  for (std::size_t i = 0; i < kInt8Block; ++i) {
+    least = lesser(least, bits_of(values[i]));
+    largest = greater(largest, bits_of(values[i]));
+  }
+  return {least, largest};
 }
 
 // The index of the first value below zero, of a whole block; kInt8Block where there is none. A NaN is not below zero.
@@ -194,10 +217,11 @@ std::size_t first_negative(const float* values) {
 template <typename Format>
 OFFLOAD_OPT_INLINE inline std::size_t encode_block(const float* __restrict__ values, std::uint8_t* __restrict__ codes,
                                                    std::uint8_t* exponent, std::size_t offset, Rounding rounding) {
-  std::uint32_t largest = Format::kSigned ? largest_magnitude(values, kInt8Block) : largest_bits(values);
+  auto [least, largest] = Format::kSigned ? Extremes{0, largest_magnitude(values, kInt8Block)} : extreme_bits(values);
   if (!Format::kSigned && largest > kMagnitude) {
     const std::size_t negative = first_negative(values);
     if (negative != kInt8Block) return negative;
+    least = 0;  // with the sign of -0.0, or of a NaN
     largest = largest_magnitude(values, kInt8Block);
   }
   if (largest >= kInf) {
@@ -210,8 +234,14 @@ OFFLOAD_OPT_INLINE inline std::size_t encode_block(const float* __restrict__ val
   const std::uint32_t base = Format::base(block_exponent);
   if (stretch_length(rounding, offset) >= kInt8Block) {  // nearly always
     const Stretch stretch = stretch_at(rounding, offset);
-    for (std::uint32_t i = 0; i < kInt8Block; ++i) {
-      codes[i] = Format::encode(bits_of(values[i]), base, random_bits(stretch, i));
+    if (Format::is_usual(least, largest)) {
+      for (std::uint32_t i = 0; i < kInt8Block; ++i) {
+        codes[i] = Format::encode_usual(bits_of(values[i]), base, random_bits(stretch, i));
+      }
+    } else {
+      for (std::uint32_t i = 0; i < kInt8Block; ++i) {
+        codes[i] = Format::encode(bits_of(values[i]), base, random_bits(stretch, i));
+      }
     }
   } else {
     for (std::size_t i = 0; i < kInt8Block; ++i) {
@@ -274,10 +304,14 @@ constexpr std::uint32_t kHalf = 0x8000;
 constexpr std::size_t kBf16Block = 1024;  // elements, whose largest one decides on the loop
 constexpr std::size_t kTieBlock = 1024;   // elements; one in 2^17 is a tie, so few blocks have any
 
-// To nearest even, as the hardware does it; any NaN becomes the one NaN 0x7FC0.
-OFFLOAD_OPT_INLINE inline std::uint16_t bf16_nearest(std::uint32_t bits) {
-  const std::uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return static_cast<std::uint16_t>((bits & kMagnitude) > kInf ? 0x7FC0 : rounded);
+// To nearest even, as the hardware does it. Of no NaN.
+OFFLOAD_OPT_INLINE inline std::uint16_t number_to_bf16(std::uint32_t bits) {
+  return static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// The same; any NaN becomes the one NaN 0x7FC0.
+OFFLOAD_OPT_INLINE inline std::uint16_t to_bf16(std::uint32_t bits) {
+  return (bits & kMagnitude) > kInf ? 0x7FC0 : number_to_bf16(bits);
 }
 
 // One half, above an even number: rounded down, unlike all else with these low bits.
@@ -287,11 +321,16 @@ OFFLOAD_OPT_INLINE inline bool is_tie(std::uint32_t bits) { return (bits & (kLow
 OFFLOAD_OPT_INLINE inline bool split_block(const float* __restrict__ master, std::uint16_t* __restrict__ weight,
                                            std::uint16_t* __restrict__ remainder, std::size_t count) {
   std::uint32_t ties = 0;
+  std::uint32_t largest = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const std::uint32_t bits = bits_of(master[i]);
-    weight[i] = bf16_nearest(bits);
+    weight[i] = number_to_bf16(bits);
     remainder[i] = static_cast<std::uint16_t>(bits);
-    ties |= is_tie(bits) ? 1U : 0U;
+    ties |= is_tie(bits) ? ~0U : 0U;
+    largest = greater(largest, bits & kMagnitude);
+  }
+  if (largest > kInf) {
+    for (std::size_t i = 0; i < count; ++i) weight[i] = to_bf16(bits_of(master[i]));
   }
   return ties != 0;
 }

@@ -40,7 +40,7 @@ def _chunks(count: int) -> Iterator[slice]:
 
 
 def random_bits(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """32 random bits for each of ``count`` elements: lowbias32 of the number and the key, as in csrc/codec.cpp."""
+    """For each of ``count`` elements 32 bits, of which the upper 16 to 20 are random: as in csrc/codec.cpp."""
     parts = []
     while count > 0:
         length = min(count, (1 << 32) - (first & _LOW32))  # the elements that share the high half of their number
@@ -51,8 +51,7 @@ def random_bits(key: int, first: int, count: int, device: torch.device) -> torch
         bits = torch.arange(length, dtype=torch.int64, device=device) + (first + x & _LOW32) & _LOW32
         bits = (bits ^ bits >> 16) * 0x7FEB352D & _LOW32
         bits = bits ^ bits >> 15 ^ x >> 32
-        bits = bits * (0x846CA68B - (1 << 32)) & _LOW32  # less 2^32, so that the product fits
-        parts.append(bits ^ bits >> 16)
+        parts.append(bits * (0x846CA68B - (1 << 32)) & _LOW32)  # less 2^32, so that the product fits
         first += length
         count -= length
     return torch.cat(parts) if len(parts) > 1 else parts[0]
