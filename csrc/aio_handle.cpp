@@ -1,7 +1,5 @@
 #include "aio_handle.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,6 +13,7 @@
 #include <utility>
 
 #include "block_pump.h"
+#include "io_thread.h"
 #include "locked_memory.h"
 
 namespace offload_opt {
@@ -104,12 +103,6 @@ void validate(Operation& operation) try {
   operation.fail(std::move(error));
 }
 
-void block_signals() {
-  sigset_t all;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, nullptr);
-}
-
 }  // namespace
 
 // A thread with a pump of its own. Others put spans into its inbox.
@@ -118,10 +111,13 @@ class Worker {
   Worker(const HandleConfig& config, std::unique_ptr<IoEngine> engine, BlockPump::SpanEnded span_ended)
       : pump_(config, std::move(engine), std::move(span_ended)), thread_([this] { run(); }) {}
 
+  // Once the span has ended, close() may destroy the worker: the caller holds it meanwhile.
   void add(Span span) {
-    std::lock_guard lock(mutex_);
-    inbox_.push_back(std::move(span));
-    arrived_.notify_one();  // under the lock: once the span has ended, close() may destroy the worker
+    {
+      std::lock_guard lock(mutex_);
+      inbox_.push_back(std::move(span));
+    }
+    arrived_.notify_one();  // not under the lock: the thread would run for nothing, and be the later for it
   }
 
   // Ends the thread once its inbox and pump are empty.
@@ -136,7 +132,7 @@ class Worker {
 
  private:
   void run() {
-    block_signals();
+    become_io_thread();
     std::deque<Span> taken;
     while (true) {
       {
@@ -166,7 +162,7 @@ class Queue {
   Queue(const HandleConfig& config, const EngineFactory& make_engine, const BlockPump::SpanEnded& span_ended) {
     try {
       for (unsigned i = 0; i < config.num_threads; ++i) {
-        workers_.push_back(std::make_unique<Worker>(config, make_engine(config.queue_depth), span_ended));
+        workers_.push_back(std::make_shared<Worker>(config, make_engine(config.queue_depth), span_ended));
       }
     } catch (...) {
       stop();
@@ -177,7 +173,10 @@ class Queue {
   // One span a worker at most, of an operation whose `spans_left` says how many. Any thread.
   void add(std::vector<Span> spans) {
     const unsigned first = spans.size() == 1 ? next_.fetch_add(1) : 0;
-    for (unsigned i = 0; i < spans.size(); ++i) workers_[(first + i) % workers_.size()]->add(std::move(spans[i]));
+    for (unsigned i = 0; i < spans.size(); ++i) {
+      const std::shared_ptr<Worker> worker = workers_[(first + i) % workers_.size()];
+      worker->add(std::move(spans[i]));
+    }
   }
 
   void stop() {
@@ -186,7 +185,7 @@ class Queue {
   }
 
  private:
-  std::vector<std::unique_ptr<Worker>> workers_;
+  std::vector<std::shared_ptr<Worker>> workers_;
   std::atomic<unsigned> next_{0};
 };
 

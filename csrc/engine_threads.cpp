@@ -1,6 +1,4 @@
 // Threads that call pread() and pwrite(): works on every POSIX system and file system.
-#include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "io_engine.h"
+#include "io_thread.h"
 
 namespace offload_opt {
 namespace {
@@ -89,9 +88,7 @@ class ThreadsEngine final : public IoEngine {
 
  private:
   void run() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals belong to the program's own threads
+    become_io_thread();
     std::vector<IoRequest> run;
     std::unique_lock lock(mutex_);
     while (true) {
