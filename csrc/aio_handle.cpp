@@ -13,7 +13,6 @@
 #include <utility>
 
 #include "block_pump.h"
-#include "io_thread.h"
 #include "locked_memory.h"
 
 namespace offload_opt {

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "io_engine.h"
-#include "io_thread.h"
 
 namespace offload_opt {
 namespace {

@@ -88,6 +88,10 @@ class IoEngine {
   virtual EngineCapabilities capabilities() const = 0;
 };
 
+// Called first by each thread of ours, an engine's too: signals belong to the program's own threads, and what wakes it
+// is to get it to run soon.
+void become_io_thread();
+
 // A row of the engine table. `available` is a real probe: it tries the engine's system calls once and, where they do
 // not work, says why. `make` throws std::system_error where resources are short.
 struct EngineEntry {

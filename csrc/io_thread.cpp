@@ -1,11 +1,12 @@
-#include "io_thread.h"
-
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdint>
+
+#include "io_engine.h"
 
 namespace offload_opt {
 namespace {
@@ -15,18 +16,17 @@ namespace {
 // no more time than others, and needs no privilege. Where it is refused, nothing is lost.
 void ask_for_short_slices() {
 #ifdef SYS_sched_setattr
+  // struct sched_attr of <linux/sched/types.h>, in its first version; times are in nanoseconds.
   struct {
     std::uint32_t size, policy;
     std::uint64_t flags;
     std::int32_t nice;
     std::uint32_t priority;
-    std::uint64_t runtime, deadline, period;  // in nanoseconds
-  } attributes{};                             // struct sched_attr of <linux/sched/types.h>, in its first version
-  constexpr std::uint64_t kSlice = 100'000;   // the least that there is
+    std::uint64_t runtime, deadline, period;
+  } attributes{};
   if (::syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0) return;
-  constexpr std::uint32_t kOther = 0;  // SCHED_OTHER; what has another policy has been given it on purpose
-  if (attributes.policy != kOther) return;
-  attributes.runtime = kSlice;
+  if (attributes.policy != SCHED_OTHER) return;  // somebody gave it another on purpose
+  attributes.runtime = 100'000;                  // the least that there is
   ::syscall(SYS_sched_setattr, 0, &attributes, 0);
 #endif
 }
