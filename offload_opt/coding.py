@@ -46,23 +46,29 @@ def coding_of(
 
 
 def native_coding_of(
-    piece: Piece, run: CodedRun, data: int, values: torch.Tensor, begin: int, weight: int
+    piece: Piece, run: CodedRun, numel: int, values: int, data: int, begin: int, weight: int
 ) -> NativeCoding:
-    """The same by addresses: the unit's bytes lie at ``data``, and the parameter's run at ``weight``."""
+    """The same by addresses: ``numel`` values lie at ``values``, the unit's bytes at ``data``, and the parameter's run
+    at ``weight``."""
     form, first, last = run.native
     if run.tensor.codec != REMAINDER:
-        return NativeCoding(form, values.numel(), values.data_ptr(), data + first, data + last)
+        return NativeCoding(form, numel, values, data + first, data + last)
     ties, count = native_ties(piece.ties)
-    position = begin - piece.start
-    return NativeCoding(form, values.numel(), values.data_ptr(), data + first, weight, ties, count, position)
+    return NativeCoding(form, numel, values, data + first, weight, ties, count, begin - piece.start)
+
+
+def rounding_keys(piece: Piece, names: Sequence[str], step: int) -> list[int]:
+    """By which state tensors of these names are rounded in a step."""
+    group, position = piece.key
+    return [rounding_key(step, (group << 32) + position, name) for name in names]
 
 
 def encode_run(
     piece: Piece,
     names: Sequence[str],
     codings: Sequence[Coding] | Sequence[NativeCoding],
+    keys: Sequence[int],
     begin: int,
-    step: int,
     checksum: Checksum | None = None,
 ) -> torch.Tensor | None:
     """Store the values of ``codings``, state tensors of these names, from element ``begin`` of the parameter on.
@@ -70,8 +76,6 @@ def encode_run(
     What is stored is added to ``checksum``. Returns the ties of a master that is among them, if there are any, by their
     positions in the piece.
     """
-    group, position = piece.key
-    keys = [rounding_key(step, (group << 32) + position, name) for name in names]
     store: Any = encode_native if isinstance(codings[0], NativeCoding) else encode
     try:
         ties: torch.Tensor | None = store(codings, keys, begin, checksum)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,8 +72,13 @@ class InnerOptimizer:
 
     def step_on(self, groups: list[dict[str, Any]], state: defaultdict[Any, dict[str, Any]]) -> None:
         """One step over ``groups`` with ``state`` in place of the optimizer's own; both are changed as by a step."""
-        with self._lent(groups, state):
-            self._step(self.optimizer)
+        optimizer = self.optimizer
+        own_groups, own_state = optimizer.param_groups, optimizer.state
+        optimizer.param_groups, optimizer.state = groups, state
+        try:
+            self._step(optimizer)
+        finally:
+            optimizer.param_groups, optimizer.state = own_groups, own_state
 
     def template_for(self, group: Mapping[str, Any], parameter: torch.Tensor, dtype: torch.dtype) -> StateTemplate:
         """What state the optimizer keeps for ``parameter``, updated in ``dtype``, with the options of ``group``.
@@ -138,16 +142,6 @@ class InnerOptimizer:
     def batch_elements(self, device: torch.device) -> int:
         """How many elements to update in one call: what fits a processor's cache, and keeps every thread busy."""
         return max(_CHUNK_ELEMENTS, 32768 * torch.get_num_threads()) if device.type in _CPU_LIKE else 1 << 62
-
-    @contextlib.contextmanager
-    def _lent(self, groups: list[dict[str, Any]], state: Any) -> Iterator[None]:
-        optimizer = self.optimizer
-        own_groups, own_state = optimizer.param_groups, optimizer.state
-        optimizer.param_groups, optimizer.state = groups, state
-        try:
-            yield
-        finally:
-            optimizer.param_groups, optimizer.state = own_groups, own_state
 
 
 def _find_paging(optimizer_class: type[torch.optim.Optimizer]) -> Paging:

@@ -19,7 +19,7 @@ import torch
 
 from .checksums import Checksum
 from .codecs import MASTER, REMAINDER
-from .coding import coding_of, decode_run, encode_run, flat, in_memory_order
+from .coding import coding_of, decode_run, encode_run, flat, in_memory_order, rounding_keys
 from .config import OffloadConfig
 from .errors import OffloadError
 from .inner import InnerOptimizer
@@ -331,7 +331,8 @@ def _fill(
     values = in_memory_order(given, like)[run].to("cpu", torch.float32)
     weight = values.new_empty(len(values), dtype=torch.bfloat16) if is_master else None
     coding = coding_of(piece, tensor, [part.view(data) for part in tensor.stored], values, piece.start, weight)
-    ties = encode_run(piece, [tensor.name], [coding], piece.start, epoch)
+    names = [tensor.name]
+    ties = encode_run(piece, names, [coding], rounding_keys(piece, names, epoch), piece.start)
     if weight is not None:
         piece.ties = ties
         flat(parameter)[run].copy_(weight)

@@ -11,22 +11,29 @@ import copy
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .aio import trim_heap
 from .checksums import Checksum
 from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
-from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of
+from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
 from .errors import OffloadError
 from .inner import InnerOptimizer, settled
-from .units import Chunk, Piece, SwapUnit, is_dense
+from .units import Chunk, Piece, StateTensor, SwapUnit, is_dense
 
 _BF16 = native_format("bf16", "gradient")
 
 Key = tuple[int, int]
 """A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
+
+
+class Space(NamedTuple):
+    """Of a Scratch: 1-D fp32 ``values`` and, on the CPU, their ``address``."""
+
+    values: torch.Tensor
+    address: int
 
 
 class Scratch:
@@ -37,25 +44,27 @@ class Scratch:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
         self._used = 0
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], Space] = {}
 
-    def take(self, numel: int, device: torch.device) -> torch.Tensor:
-        """1-D, of ``numel`` elements, with whatever is in there."""
+    def take(self, numel: int, device: torch.device) -> Space:
+        """``numel`` elements, with whatever is in there."""
         if device.type != "cpu":
-            return torch.empty(numel, dtype=torch.float32, device=device)
+            return Space(torch.empty(numel, dtype=torch.float32, device=device), 0)
         start = self._used
         self._used += -(-numel // 16) * 16  # whole cache lines
         kept = self._kept.get((start, numel))
-        if kept is not None:
-            return kept
+        return self._keep(start, numel) if kept is None else kept
+
+    def _keep(self, start: int, numel: int) -> Space:
         if self._used > len(self._memory):
             # What was taken keeps the memory from before.
             self._memory = torch.empty(2 * self._used, dtype=torch.float32, device="cpu")
             self._kept.clear()
         if len(self._kept) == self._MOST_KEPT:
             self._kept.clear()
-        self._kept[start, numel] = self._memory[start : start + numel]
-        return self._kept[start, numel]
+        values = self._memory[start : start + numel]
+        space = self._kept[start, numel] = Space(values, values.data_ptr())
+        return space
 
     def reset(self) -> None:
         """All that was taken may be used again."""
@@ -63,18 +72,35 @@ class Scratch:
 
 
 @dataclasses.dataclass(slots=True)
-class _Loaded:
-    """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
+class _Open:
+    """A piece that is being updated, and what all its chunks need.
 
-    ``parameter`` is the parameter's elements, flat, or where the piece is whole the parameter itself. ``paged`` is its
-    state in memory: the unit's bytes, or the values of ``codings``, to be encoded after the update. What it sees of
-    that is ``lent``: an optimizer may put other memory into a tensor (by ``.data``). So it is with the parameter that
-    it updates, ``target``, and its ``memory``.
+    ``parameter`` and ``gradient`` have the parameter's elements, flat, or where the piece is whole as they are. On the
+    CPU they lie at ``weight`` and, if it can be decoded with the state, ``bf16_gradient``. Its state tensors that have
+    a codec are ``coded``, and rounded by ``keys``.
     """
 
     piece: Piece
-    chunk: Chunk
     parameter: torch.Tensor
+    gradient: torch.Tensor
+    weight: int = 0
+    bf16_gradient: int = 0
+    coded: list[str] = dataclasses.field(default_factory=list)
+    keys: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
+class _Loaded:
+    """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
+
+    ``paged`` is its state in memory: the unit's bytes, or the values of ``codings``, to be encoded after the update.
+    What it sees of that is ``lent``: an optimizer may put other memory into a tensor (by ``.data``). So it is with the
+    parameter that it updates, ``target``, and its ``memory``.
+    """
+
+    opened: _Open
+    piece: Piece
+    chunk: Chunk
     target: torch.Tensor
     paged: dict[str, torch.Tensor]
     memory: torch.Tensor | None = None
@@ -83,7 +109,7 @@ class _Loaded:
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run_of(self, elements: torch.Tensor) -> torch.Tensor:
-        """The chunk's part of what is as ``parameter`` is."""
+        """The chunk's part of what is as the opened piece's parameter is."""
         return elements if self.piece.is_whole else elements[self.chunk.begin : self.chunk.end]
 
 
@@ -158,41 +184,54 @@ class UnitUpdate:
                     groups[index][name] = value
 
     def _load_chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Loaded]:
+        start = data.data_ptr() if _by_address(data) else None
         for piece in unit.pieces:
             parameter = self._parameter(piece.key)
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if not piece.is_whole:
-                parameter, gradient = flat(parameter), in_memory_order(gradient, parameter)
-            elif piece.master is not None:
-                parameter, gradient = parameter.detach(), gradient.detach()
-            for chunk in piece.chunks:
-                yield self._load(piece, chunk, parameter, gradient, data)
+            if parameter.grad is not None:
+                opened = self._open(piece, parameter, parameter.grad)
+                for chunk in piece.chunks:
+                    yield self._load(opened, chunk, data, start)
 
-    def _load(
-        self, piece: Piece, chunk: Chunk, parameter: torch.Tensor, gradient: torch.Tensor, data: torch.Tensor
-    ) -> _Loaded:
-        """``gradient`` is laid out as ``_Loaded.parameter``."""
+    def _open(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor) -> _Open:
+        if not piece.is_whole:
+            parameter, gradient = flat(parameter), in_memory_order(gradient, parameter)
+        elif piece.master is not None:
+            parameter, gradient = parameter.detach(), gradient.detach()
+        opened = _Open(piece, parameter, gradient)
+        if _by_address(parameter):
+            opened.weight = parameter.data_ptr()
+            if gradient.dtype == torch.bfloat16 and gradient.dim() == 1 and gradient.is_contiguous():
+                opened.bf16_gradient = gradient.data_ptr()
+        opened.coded = [tensor.name for tensor in piece.tensors if tensor.codec != "exact"]
+        opened.keys = rounding_keys(piece, opened.coded, self._step)
+        return opened
+
+    def _load(self, opened: _Open, chunk: Chunk, data: torch.Tensor, start: int | None) -> _Loaded:
+        """``data`` is the unit's bytes, which begin at ``start`` where they are coded by address."""
+        piece, parameter = opened.piece, opened.parameter
         small = piece.resident  # the value before this step, for every chunk of the piece
         paged = {tensor.name: tensor.view(data) for tensor in chunk.exact}
-        loaded = _Loaded(piece, chunk, parameter, parameter, paged)
-        self._note_codings(loaded, data)
+        loaded = _Loaded(opened, piece, chunk, parameter, paged)
+        if start is None:
+            self._note_codings(loaded, data)
+        else:
+            self._note_native_codings(loaded, start)
         casts: list[Any] = []
         if piece.master is not None:
             loaded.memory = paged.pop(MASTER)
             # Detached: what an optimizer may note on a parameter is not to be found on the next one.
             loaded.target = loaded.memory.detach()
-            loaded.target.grad, casts = self._cast(loaded, gradient)
+            loaded.target.grad, casts = self._cast(loaded)
         elif not piece.is_whole:
             loaded.target = loaded.run_of(parameter)
-            loaded.target.grad = loaded.run_of(gradient)
+            loaded.target.grad = loaded.run_of(opened.gradient)
             loaded.memory = loaded.target.detach()
         codings = [*loaded.codings, *casts] if small is not None else casts
-        if codings and _by_address(data):
-            decode_native(codings)
-        elif codings:
-            decode(codings)
+        if codings:
+            if start is None:
+                decode(codings)
+            else:
+                decode_native(codings)
         if small is not None:
             # The last chunk may have the values themselves.
             is_last = chunk.end == piece.stop
@@ -205,37 +244,45 @@ class UnitUpdate:
 
     def _note_codings(self, loaded: _Loaded, data: torch.Tensor) -> None:
         """Note what the unit has of the chunk's state with a codec, and where its values go."""
-        piece, chunk, parameter = loaded.piece, loaded.chunk, loaded.parameter
-        by_address, start, device = _by_address(data), data.data_ptr(), parameter.device
+        piece, chunk, parameter = loaded.piece, loaded.chunk, loaded.opened.parameter
+        own = None if piece.master is None else flat(loaded.run_of(parameter))
         for run in chunk.coded:
             tensor = run.tensor
-            values = self._scratch.take(tensor.numel if piece.is_whole else chunk.end - chunk.begin, device)
-            loaded.paged[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
-            if by_address:
-                weight = _address(parameter, chunk.begin)
-                loaded.codings.append(native_coding_of(piece, run, start, values, chunk.begin, weight))
-            else:
-                stored = [part.view(data) for part in run.stored]
-                own = None if piece.master is None else flat(loaded.run_of(parameter))
-                loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, own))
+            values = self._space_for(loaded, tensor).values
+            stored = [part.view(data) for part in run.stored]
+            loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, own))
 
-    def _cast(self, loaded: _Loaded, gradient: torch.Tensor) -> tuple[torch.Tensor, list[NativeCoding]]:
+    def _note_native_codings(self, loaded: _Loaded, start: int) -> None:
+        """The same by addresses."""
+        piece, chunk = loaded.piece, loaded.chunk
+        weight = loaded.opened.weight + chunk.begin * loaded.opened.parameter.element_size()
+        for run in chunk.coded:
+            numel = run.tensor.numel if piece.is_whole else chunk.end - chunk.begin
+            address = self._space_for(loaded, run.tensor).address
+            loaded.codings.append(native_coding_of(piece, run, numel, address, start, chunk.begin, weight))
+
+    def _space_for(self, loaded: _Loaded, tensor: StateTensor) -> Space:
+        """For the chunk's values of a state tensor that has a codec."""
+        piece, chunk = loaded.piece, loaded.chunk
+        numel = tensor.numel if piece.is_whole else chunk.end - chunk.begin
+        space = self._scratch.take(numel, loaded.opened.parameter.device)
+        values = space.values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else space.values
+        loaded.paged[tensor.name] = values
+        return space
+
+    def _cast(self, loaded: _Loaded) -> tuple[torch.Tensor, list[NativeCoding]]:
         """The gradient's run in fp32, laid out as the parameter's where that has no gaps, once the codings beside it
         are decoded: on the CPU bf16 is decoded as by the codec of this name, in one loop with the state."""
+        opened = loaded.opened
         begin, numel = loaded.chunk.begin, loaded.chunk.end - loaded.chunk.begin
-        cast = self._scratch.take(numel, gradient.device)
-        if (
-            _by_address(gradient)
-            and gradient.dtype == torch.bfloat16
-            and gradient.dim() == 1
-            and gradient.is_contiguous()
-        ):
-            address = _address(gradient, begin)
+        cast, place = self._scratch.take(numel, opened.gradient.device)
+        if opened.bf16_gradient:
+            address = opened.bf16_gradient + 2 * begin
             # Detached: an optimizer may put other memory into a gradient, and this one is kept.
-            return cast.detach(), [NativeCoding(_BF16, numel, cast.data_ptr(), address, address)]
-        own = loaded.run_of(loaded.parameter)
+            return cast.detach(), [NativeCoding(_BF16, numel, place, address, address)]
+        own = loaded.run_of(opened.parameter)
         cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
-        return cast.copy_(loaded.run_of(gradient)), []
+        return cast.copy_(loaded.run_of(opened.gradient)), []
 
     def _update_batch(self, batch: list[_Loaded], checksum: Checksum | None) -> None:
         if not batch:
@@ -259,8 +306,9 @@ class UnitUpdate:
     def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
         lent = {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
         self._inner.step_on(list(lent.values()), state)
-        for index, group in lent.items():  # without the parameters: their gradients would outlive zero_grad()
-            self._groups_after[index] = {name: value for name, value in group.items() if name != "params"}
+        for group in lent.values():
+            group.pop("params", None)  # their gradients would outlive zero_grad()
+        self._groups_after.update(lent)
 
     def _adopt(self, loaded: _Loaded, state: dict[str, Any]) -> None:
         """Take over what the inner optimizer left as a chunk's state."""
@@ -287,10 +335,10 @@ class UnitUpdate:
         """Store what has a codec, and round a master to its weight."""
         piece, begin = loaded.piece, loaded.chunk.begin
         if piece.master is not None and piece.master.codec == "exact":
-            loaded.run_of(loaded.parameter).copy_(loaded.target)
+            loaded.run_of(loaded.opened.parameter).copy_(loaded.target)
         if loaded.codings:
-            names = [run.tensor.name for run in loaded.chunk.coded]
-            ties = encode_run(piece, names, loaded.codings, begin, self._step, checksum)
+            opened = loaded.opened
+            ties = encode_run(piece, opened.coded, loaded.codings, opened.keys, begin, checksum)
             if ties is not None:
                 self._ties.append(ties)
         if loaded.chunk.end == piece.stop:
@@ -305,10 +353,6 @@ class UnitUpdate:
 def _by_address(tensor: torch.Tensor) -> bool:
     """Whether codings of memory like this are native ones: a tensor for each would cost a tenth of the update."""
     return tensor.is_cpu
-
-
-def _address(tensor: torch.Tensor, element: int) -> int:
-    return tensor.data_ptr() + element * tensor.element_size()
 
 
 def is_large(value: Any) -> bool:
