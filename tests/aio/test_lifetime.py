@@ -235,10 +235,10 @@ def test_threads_share_a_handle(handle: AioHandle, tmp_path: Path) -> None:
     assert not errors, errors
 
 
-def slice_of(task: str) -> int | None:
+def slice_of(task: Path) -> int | None:
     """Nanoseconds that a thread runs before another one's turn; None where the kernel does not tell."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^se\.slice\s*:\s*(\d+)", Path(f"/proc/self/task/{task}/sched").read_text(), re.MULTILINE)
+        found = re.search(r"^se\.slice\s*:\s*(\d+)", (task / "sched").read_text(), re.MULTILINE)
         return int(found[1]) if found else None
     return None
 
@@ -246,11 +246,12 @@ def slice_of(task: str) -> int | None:
 def test_threads_that_do_io_are_to_run_as_soon_as_they_are_woken(engine: str, tmp_path: Path) -> None:
     """By short slices, which interrupt those that compute: without, a transfer began up to a tick late beside them."""
     release = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
-    own = slice_of(str(threading.get_native_id()))
+    tasks = Path("/proc/self/task")
+    own = slice_of(tasks / str(threading.get_native_id()))
     if release < (6, 12) or own is None:
         pytest.skip("this kernel has no slices of a thread's own, or does not show them")
-    before = set(os.listdir("/proc/self/task"))
+    before = set(tasks.iterdir())
     with AioHandle(engine=engine) as handle:
         handle.sync_pwrite(b"x" * 4096, tmp_path / "file")  # they have begun
-        slices = [slice_of(task) for task in os.listdir("/proc/self/task") if task not in before]
+        slices = [slice_of(task) for task in tasks.iterdir() if task not in before]
     assert slices and all(length is not None and length < own for length in slices), (own, slices)
