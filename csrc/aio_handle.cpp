@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <unordered_map>
@@ -108,9 +109,10 @@ void validate(Operation& operation) try {
 class Worker {
  public:
   Worker(const HandleConfig& config, std::unique_ptr<IoEngine> engine, BlockPump::SpanEnded span_ended)
-      : pump_(config, std::move(engine), std::move(span_ended)), thread_([this] { run(); }) {}
+      : pump_(std::in_place, config, std::move(engine), std::move(span_ended)), thread_([this] { run(); }) {}
 
-  // Once the span has ended, close() may destroy the worker: the caller holds it meanwhile.
+  // Once the span has ended, close() may end the worker: the caller keeps a reference, for there must still be
+  // something to be notified.
   void add(Span span) {
     {
       std::lock_guard lock(mutex_);
@@ -119,7 +121,7 @@ class Worker {
     arrived_.notify_one();  // not under the lock: the thread would run for nothing, and be the later for it
   }
 
-  // Ends the thread once its inbox and pump are empty.
+  // Ends the thread once its inbox and pump are empty, and the engine with it, whoever still has a reference.
   void stop() {
     {
       std::lock_guard lock(mutex_);
@@ -127,6 +129,7 @@ class Worker {
     }
     arrived_.notify_one();
     thread_.join();
+    pump_.reset();
   }
 
  private:
@@ -136,13 +139,13 @@ class Worker {
     while (true) {
       {
         std::unique_lock lock(mutex_);
-        if (pump_.idle()) arrived_.wait(lock, [this] { return stopping_ || !inbox_.empty(); });
-        if (pump_.idle() && inbox_.empty()) return;
+        if (pump_->idle()) arrived_.wait(lock, [this] { return stopping_ || !inbox_.empty(); });
+        if (pump_->idle() && inbox_.empty()) return;
         taken.swap(inbox_);
       }
-      for (auto& span : taken) pump_.add(std::move(span));
+      for (auto& span : taken) pump_->add(std::move(span));
       taken.clear();
-      pump_.turn();
+      pump_->turn();
     }
   }
 
@@ -150,7 +153,7 @@ class Worker {
   std::condition_variable arrived_;
   std::deque<Span> inbox_;
   bool stopping_ = false;
-  BlockPump pump_;
+  std::optional<BlockPump> pump_;
   std::thread thread_;
 };
 

@@ -88,8 +88,8 @@ class IoEngine {
   virtual EngineCapabilities capabilities() const = 0;
 };
 
-// Called first by each thread of ours, an engine's too: signals belong to the program's own threads, and what wakes it
-// is to get it to run soon.
+// Called first by each thread of ours, an engine's too. Blocks signals, which belong to the program's own threads, and
+// asks the scheduler to run the thread as soon as it is woken.
 void become_io_thread();
 
 // A row of the engine table. `available` is a real probe: it tries the engine's system calls once and, where they do

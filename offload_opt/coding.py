@@ -45,12 +45,9 @@ def coding_of(
     return Coding(codec, stored, values, weight, piece.ties, begin - piece.start)
 
 
-def native_coding_of(
-    piece: Piece, run: CodedRun, numel: int, values: int, data: int, begin: int, weight: int
-) -> NativeCoding:
-    """The same by addresses: ``numel`` values lie at ``values``, the unit's bytes at ``data``, and the parameter's run
-    at ``weight``."""
-    form, first, last = run.native
+def native_coding_of(piece: Piece, run: CodedRun, values: int, data: int, begin: int, weight: int) -> NativeCoding:
+    """The same by addresses: of the run's values, of the unit's bytes, and of the run of the parameter."""
+    form, numel, first, last = run.native
     if run.tensor.codec != REMAINDER:
         return NativeCoding(form, numel, values, data + first, data + last)
     ties, count = native_ties(piece.ties)

@@ -170,9 +170,16 @@ class CodedRun:
     stored: tuple[StateTensor, ...]
 
     @functools.cached_property
-    def native(self) -> tuple[int, int, int]:
-        """The format's number, and where the first and the last stored part lie, in bytes from the unit's start."""
-        return native_format(self.tensor.codec, self.tensor.name), self.stored[0].offset, self.stored[-1].offset
+    def numel(self) -> int:
+        """Of the values."""
+        return self.stored[0].numel
+
+    @functools.cached_property
+    def native(self) -> tuple[int, int, int, int]:
+        """The format's number, that of the values, and where the first and the last stored part lie, in bytes from the
+        unit's start."""
+        form = native_format(self.tensor.codec, self.tensor.name)
+        return form, self.numel, self.stored[0].offset, self.stored[-1].offset
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

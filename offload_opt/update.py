@@ -21,7 +21,7 @@ from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
 from .errors import OffloadError
 from .inner import InnerOptimizer, settled
-from .units import Chunk, Piece, StateTensor, SwapUnit, is_dense
+from .units import Chunk, CodedRun, Piece, SwapUnit, is_dense
 
 _BF16 = native_format("bf16", "gradient")
 
@@ -75,15 +75,15 @@ class Scratch:
 class _Open:
     """A piece that is being updated, and what all its chunks need.
 
-    ``parameter`` and ``gradient`` have the parameter's elements, flat, or where the piece is whole as they are. On the
-    CPU they lie at ``weight`` and, if it can be decoded with the state, ``bf16_gradient``. Its state tensors that have
-    a codec are ``coded``, and rounded by ``keys``.
+    ``parameter`` and ``gradient`` have the parameter's elements, flat, or where the piece is whole as they are. They
+    lie at ``address`` and, where it can be decoded with the state, ``bf16_gradient``; 0 where nothing goes by address.
+    State tensors that have a codec are ``coded``, and rounded by ``keys``.
     """
 
     piece: Piece
     parameter: torch.Tensor
     gradient: torch.Tensor
-    weight: int = 0
+    address: int = 0
     bf16_gradient: int = 0
     coded: list[str] = dataclasses.field(default_factory=list)
     keys: list[int] = dataclasses.field(default_factory=list)
@@ -99,7 +99,6 @@ class _Loaded:
     """
 
     opened: _Open
-    piece: Piece
     chunk: Chunk
     target: torch.Tensor
     paged: dict[str, torch.Tensor]
@@ -107,6 +106,10 @@ class _Loaded:
     codings: list[Any] = dataclasses.field(default_factory=list)
     lent: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def piece(self) -> Piece:
+        return self.opened.piece
 
     def run_of(self, elements: torch.Tensor) -> torch.Tensor:
         """The chunk's part of what is as the opened piece's parameter is."""
@@ -199,7 +202,7 @@ class UnitUpdate:
             parameter, gradient = parameter.detach(), gradient.detach()
         opened = _Open(piece, parameter, gradient)
         if _by_address(parameter):
-            opened.weight = parameter.data_ptr()
+            opened.address = parameter.data_ptr()
             if gradient.dtype == torch.bfloat16 and gradient.dim() == 1 and gradient.is_contiguous():
                 opened.bf16_gradient = gradient.data_ptr()
         opened.coded = [tensor.name for tensor in piece.tensors if tensor.codec != "exact"]
@@ -211,7 +214,7 @@ class UnitUpdate:
         piece, parameter = opened.piece, opened.parameter
         small = piece.resident  # the value before this step, for every chunk of the piece
         paged = {tensor.name: tensor.view(data) for tensor in chunk.exact}
-        loaded = _Loaded(opened, piece, chunk, parameter, paged)
+        loaded = _Loaded(opened, chunk, parameter, paged)
         if start is None:
             self._note_codings(loaded, data)
         else:
@@ -245,29 +248,25 @@ class UnitUpdate:
     def _note_codings(self, loaded: _Loaded, data: torch.Tensor) -> None:
         """Note what the unit has of the chunk's state with a codec, and where its values go."""
         piece, chunk, parameter = loaded.piece, loaded.chunk, loaded.opened.parameter
-        own = None if piece.master is None else flat(loaded.run_of(parameter))
         for run in chunk.coded:
-            tensor = run.tensor
-            values = self._space_for(loaded, tensor).values
+            values = self._space_for(loaded, run).values
             stored = [part.view(data) for part in run.stored]
-            loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, own))
+            own = None if piece.master is None else flat(loaded.run_of(parameter))
+            loaded.codings.append(coding_of(piece, run.tensor, stored, values, chunk.begin, own))
 
     def _note_native_codings(self, loaded: _Loaded, start: int) -> None:
         """The same by addresses."""
         piece, chunk = loaded.piece, loaded.chunk
-        weight = loaded.opened.weight + chunk.begin * loaded.opened.parameter.element_size()
+        weight = loaded.opened.address + chunk.begin * loaded.opened.parameter.element_size()
         for run in chunk.coded:
-            numel = run.tensor.numel if piece.is_whole else chunk.end - chunk.begin
-            address = self._space_for(loaded, run.tensor).address
-            loaded.codings.append(native_coding_of(piece, run, numel, address, start, chunk.begin, weight))
+            values = self._space_for(loaded, run).address
+            loaded.codings.append(native_coding_of(piece, run, values, start, chunk.begin, weight))
 
-    def _space_for(self, loaded: _Loaded, tensor: StateTensor) -> Space:
-        """For the chunk's values of a state tensor that has a codec."""
-        piece, chunk = loaded.piece, loaded.chunk
-        numel = tensor.numel if piece.is_whole else chunk.end - chunk.begin
-        space = self._scratch.take(numel, loaded.opened.parameter.device)
-        values = space.values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else space.values
-        loaded.paged[tensor.name] = values
+    def _space_for(self, loaded: _Loaded, run: CodedRun) -> Space:
+        """For the values of a run, which are to be paged."""
+        tensor, space = run.tensor, self._scratch.take(run.numel, loaded.opened.parameter.device)
+        is_whole = loaded.piece.is_whole
+        loaded.paged[tensor.name] = space.values.as_strided(tensor.shape, tensor.stride) if is_whole else space.values
         return space
 
     def _cast(self, loaded: _Loaded) -> tuple[torch.Tensor, list[NativeCoding]]:

@@ -21,6 +21,8 @@ every_int8 = pytest.mark.parametrize("codec", INT8, ids=IDS[1:])
 
 LEAST = 2.0**-149
 HUGE = torch.finfo(torch.float32).max
+EDGE = 1.9375 * 2.0**127
+"""The largest value of a block of int8 whose exponent is as it is; above it, that is the largest there is."""
 SPECIAL = [0.0, -0.0, LEAST, -LEAST, 2.0**-127, -(2.0**-126), 1e-20, 1.0, -1.0, 3.3895e38, HUGE, -HUGE]
 NOT_A_NUMBER = [float("inf"), float("-inf"), float("nan")]
 
@@ -83,6 +85,14 @@ def of_all_sizes(numel: int, finite: bool = True) -> torch.Tensor:
     return values
 
 
+def at_the_edge(numel: int) -> torch.Tensor:
+    """Blocks whose largest value is ``EDGE``, or the next one above it."""
+    values = EDGE * (1 - torch.rand(numel) ** 4)
+    at = torch.arange(0, numel, BLOCK)
+    values[at] = floats(torch.tensor(EDGE).view(torch.int32) + torch.randint(0, 2, (len(at),)))
+    return values
+
+
 SOURCES: dict[str, Callable[[int], torch.Tensor]] = {
     "bits": random_bits,
     "normal": torch.randn,
@@ -90,6 +100,7 @@ SOURCES: dict[str, Callable[[int], torch.Tensor]] = {
     "any": lambda numel: of_all_sizes(numel, finite=False),
     "denormal": lambda numel: floats(torch.randint(0, 1 << 23, (numel,), dtype=torch.int64)),
     "zero": torch.zeros,
+    "edge": at_the_edge,
 }
 
 

@@ -379,6 +379,8 @@ def test_stored_bytes_are_what_they_ever_were() -> None:
     assert [part.tolist() for part in non_negative] == [[0, 1, 80, 133, 186, 213, 230, 240], [127]]
     (bf16,) = encoded(Bf16(), values, key, first)
     assert bits(bf16).tolist() == [0, 13696, 14979, 15396, 15821, 16042, 16179, 16256]
+    random = reference.random_bits(key, 2**32 - 2, 4, torch.device("cpu")) >> 13  # what is used of them
+    assert random.tolist() == [365617, 179487, 258838, 41611]
 
 
 @pytest.mark.gpu
