@@ -65,48 +65,38 @@ OFFLOAD_OPT_INLINE inline float float_of(std::uint32_t bits) { return std::bit_c
 OFFLOAD_OPT_INLINE inline std::uint32_t lesser(std::uint32_t a, std::uint32_t b) { return a < b ? a : b; }
 OFFLOAD_OPT_INLINE inline std::uint32_t greater(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
 
-// Where the random numbers of a stretch of elements start. `low` is the low half of the first one's number, plus half
-// of the key; all of a stretch share the high half of the number, which the key has been mixed with.
+// Elements that share the numbers from which their random bits are made, counted from the parameter's first.
+constexpr std::size_t kStretch = 1024;
+
+// The random bits of a stretch, from one of its elements on: `start`, and for each element `step` more, modulo 2^32.
 struct Stretch {
-  std::uint32_t low;
-  std::uint32_t mixed;
+  std::uint32_t step;
+  std::uint32_t start;
 };
 
-// The mixing is splitmix64's (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+// Both numbers are of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), whose
+// state the key is and which makes one output a stretch.
 OFFLOAD_OPT_INLINE inline Stretch stretch_at(Rounding rounding, std::uint64_t offset) {
   const std::uint64_t element = rounding.first + offset;
-  std::uint64_t x = rounding.key + ((element >> 32) + 1) * 0x9E3779B97F4A7C15;
+  std::uint64_t x = rounding.key + (element / kStretch + 1) * 0x9E3779B97F4A7C15;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
   x ^= x >> 31;
-  return {static_cast<std::uint32_t>(element) + static_cast<std::uint32_t>(x), static_cast<std::uint32_t>(x >> 32)};
+  const auto step = static_cast<std::uint32_t>(x >> 32);
+  return {step, static_cast<std::uint32_t>(x) + step * static_cast<std::uint32_t>(element % kStretch)};
 }
 
-// How many elements from the one at `offset` on share the high half of their number.
+// How many elements from the one at `offset` on are of its stretch.
 OFFLOAD_OPT_INLINE inline std::size_t stretch_length(Rounding rounding, std::uint64_t offset) {
-  return (std::uint64_t{1} << 32) - ((rounding.first + offset) & 0xFFFFFFFF);
+  return kStretch - (rounding.first + offset) % kStretch;
 }
 
-// Random bits of a stretch's element i, the upper 16 to 20 of which are to be used: lowbias32 (Chris Wellons,
-// https://nullprogram.com/blog/2018/07/31/) without its last round, which is for the lower ones, and with the other
-// half of the key put in midway, so that one key's numbers are not another's in another order.
+// Random bits of the i-th element, of which the upper 23 may be used: over all keys each of their values is as likely
+// as any other, and they are independent of those of any other element (Dietzfelbinger: Universal hashing and k-wise
+// independent random variables via integer arithmetic without primes, 1996; 10 bits of i leave 23). So each value is
+// rounded without bias, and sums of errors have the variance of independent ones, for one addition an element.
 OFFLOAD_OPT_INLINE inline std::uint32_t random_bits(Stretch stretch, std::uint32_t i) {
-  std::uint32_t x = stretch.low + i;
-  x ^= x >> 16;
-  x *= 0x7FEB352D;
-  x ^= x >> 15;
-  x ^= stretch.mixed;
-  return x * 0x846CA68B;
-}
-
-// Calls `work(offset, length, stretch)` for each stretch of 0..count.
-template <typename Work>
-OFFLOAD_OPT_INLINE inline void for_each_stretch(Rounding rounding, std::size_t count, Work work) {
-  for (std::size_t offset = 0; offset < count;) {
-    const std::size_t length = std::min(count - offset, stretch_length(rounding, offset));
-    work(offset, length, stretch_at(rounding, offset));
-    offset += length;
-  }
+  return stretch.start + i * stretch.step;
 }
 
 OFFLOAD_OPT_INLINE inline std::uint16_t bf16_at_random(std::uint32_t bits, std::uint32_t random) {
@@ -172,12 +162,13 @@ struct Minifloat {
     return kSigned || code > 0 ? code : 1;
   }
 
-  OFFLOAD_OPT_INLINE static float decode(std::uint32_t code, std::uint32_t base) {
-    const std::uint32_t magnitude = code & kTop;
-    const std::uint32_t place = base + (magnitude << kShift);
+  OFFLOAD_OPT_INLINE static float decode(std::uint8_t code, std::uint32_t base) {
+    // Its sign in all upper bits, in place already.
+    const std::uint32_t extended = kSigned ? static_cast<std::uint32_t>(static_cast<std::int8_t>(code)) : code;
+    const std::uint32_t place = base + (extended << kShift & kTop << kShift);
     const std::uint32_t even = bits_of(float_of(place) - float_of(base));  // exact, and normal or zero
     const std::uint32_t result = lesser(even, place - (1U << 23));
-    return float_of(kSigned ? result | (code & 0x80) << 24 : result);
+    return float_of(kSigned ? result | (extended & ~kMagnitude) : result);
   }
 };
 
@@ -213,42 +204,94 @@ std::size_t first_negative(const float* values) {
   return static_cast<std::size_t>(std::find_if(values, values + kInt8Block, is_negative) - values);
 }
 
-// A whole block, whose elements start at `offset` in the run. Returns what first_negative() does.
+// The random bits of a block's elements: `start`, and for each the step from there.
+struct BlockBits {
+  std::uint32_t start = 0;
+  std::uint32_t steps[kInt8Block];
+  std::size_t stretch_end = 0;  // for blocks that end before it, the steps stay as they are
+
+  // To the block that begins at `offset` in the run; from there on only.
+  OFFLOAD_OPT_INLINE void move_to(Rounding rounding, std::size_t offset) {
+    const Stretch stretch = stretch_at(rounding, offset);
+    start = stretch.start;
+    if (offset + kInt8Block <= stretch_end) return;
+    const std::size_t length = stretch_length(rounding, offset);
+    stretch_end = offset + length;
+    for (std::uint32_t i = 0; i < kInt8Block; ++i) steps[i] = i * stretch.step;
+    if (length >= kInt8Block) return;  // nearly always
+    const Stretch next = stretch_at(rounding, stretch_end);
+    for (std::size_t i = length; i < kInt8Block; ++i) {
+      steps[i] = random_bits(next, static_cast<std::uint32_t>(i - length)) - start;
+    }
+  }
+};
+
+enum class Encoding : std::uint8_t { kUsual, kAny, kNotFinite };
+
+// What a whole block is encoded by.
+struct Scan {
+  std::uint32_t base;
+  std::uint8_t exponent;
+  Encoding encoding;
+  std::size_t negative;  // as first_negative() says
+};
+
 template <typename Format>
-OFFLOAD_OPT_INLINE inline std::size_t encode_block(const float* __restrict__ values, std::uint8_t* __restrict__ codes,
-                                                   std::uint8_t* exponent, std::size_t offset, Rounding rounding) {
+OFFLOAD_OPT_INLINE inline Scan scan_block(const float* values) {
   auto [least, largest] = Format::kSigned ? Extremes{0, largest_magnitude(values, kInt8Block)} : extreme_bits(values);
+  std::size_t negative = kInt8Block;
   if (!Format::kSigned && largest > kMagnitude) {
-    const std::size_t negative = first_negative(values);
-    if (negative != kInt8Block) return negative;
+    negative = first_negative(values);
     least = 0;  // with the sign of -0.0, or of a NaN
     largest = largest_magnitude(values, kInt8Block);
   }
-  if (largest >= kInf) {
-    *exponent = kInt8NotFinite;
-    std::memset(codes, 0, kInt8Block);
-    return kInt8Block;
-  }
-  const std::uint32_t block_exponent = Format::block_exponent(largest);
-  *exponent = static_cast<std::uint8_t>(block_exponent);
-  const std::uint32_t base = Format::base(block_exponent);
-  if (stretch_length(rounding, offset) >= kInt8Block) {  // nearly always
-    const Stretch stretch = stretch_at(rounding, offset);
-    if (Format::is_usual(least, largest)) {
-      for (std::uint32_t i = 0; i < kInt8Block; ++i) {
-        codes[i] = Format::encode_usual(bits_of(values[i]), base, random_bits(stretch, i));
+  if (largest >= kInf) return {0, kInt8NotFinite, Encoding::kNotFinite, negative};
+  const std::uint32_t exponent = Format::block_exponent(largest);
+  const Encoding encoding = Format::is_usual(least, largest) ? Encoding::kUsual : Encoding::kAny;
+  return {Format::base(exponent), static_cast<std::uint8_t>(exponent), encoding, negative};
+}
+
+template <typename Format>
+OFFLOAD_OPT_INLINE inline void encode_block(const float* __restrict__ values, std::uint8_t* __restrict__ codes,
+                                            const Scan& scan, const BlockBits& random) {
+  const std::uint32_t base = scan.base;
+  const std::uint32_t start = random.start;
+  switch (scan.encoding) {
+    case Encoding::kUsual:
+      for (std::size_t i = 0; i < kInt8Block; ++i) {
+        codes[i] = Format::encode_usual(bits_of(values[i]), base, start + random.steps[i]);
       }
-    } else {
-      for (std::uint32_t i = 0; i < kInt8Block; ++i) {
-        codes[i] = Format::encode(bits_of(values[i]), base, random_bits(stretch, i));
+      return;
+    case Encoding::kAny:
+      for (std::size_t i = 0; i < kInt8Block; ++i) {
+        codes[i] = Format::encode(bits_of(values[i]), base, start + random.steps[i]);
       }
-    }
-  } else {
-    for (std::size_t i = 0; i < kInt8Block; ++i) {
-      codes[i] = Format::encode(bits_of(values[i]), base, random_bits(stretch_at(rounding, offset + i), 0));
+      return;
+    case Encoding::kNotFinite:
+      std::memset(codes, 0, kInt8Block);
+  }
+}
+
+// Whole blocks, of which `exponents` has the first one's, from the one at `offset` in the run on. Returns the index of
+// the first value below zero, or `count`.
+template <typename Format>
+OFFLOAD_OPT_INLINE inline std::size_t encode_whole(const float* values, std::uint8_t* codes, std::uint8_t* exponents,
+                                                   std::size_t count, Rounding rounding, std::size_t offset) {
+  constexpr std::size_t kGroup = 8;  // blocks that are looked at before: else each would wait for its largest value
+  BlockBits random;
+  for (std::size_t start = 0; start < count; start += kGroup * kInt8Block) {
+    Scan scans[kGroup];
+    const std::size_t blocks = std::min(kGroup, (count - start) / kInt8Block);
+    for (std::size_t i = 0; i < blocks; ++i) scans[i] = scan_block<Format>(values + start + i * kInt8Block);
+    for (std::size_t i = 0; i < blocks; ++i) {
+      const std::size_t begin = start + i * kInt8Block;
+      if (scans[i].negative != kInt8Block) return begin + scans[i].negative;
+      exponents[begin / kInt8Block] = scans[i].exponent;
+      random.move_to(rounding, offset + begin);
+      encode_block<Format>(values + begin, codes + begin, scans[i], random);
     }
   }
-  return kInt8Block;
+  return count;
 }
 
 template <typename Format>
@@ -257,20 +300,15 @@ std::size_t encode_blocks(const float* values, std::uint8_t* codes, std::uint8_t
   std::size_t negative = count;
   vectorised([&]() OFFLOAD_OPT_INLINE {
     const std::size_t whole = count / kInt8Block * kInt8Block;
-    for (std::size_t start = 0; start < whole; start += kInt8Block) {
-      const std::size_t found =
-          encode_block<Format>(values + start, codes + start, exponents + start / kInt8Block, start, rounding);
-      if (found != kInt8Block) {
-        negative = start + found;
-        return;
-      }
-    }
-    if (whole == count) return;
+    const std::size_t found = encode_whole<Format>(values, codes, exponents, whole, rounding, 0);
+    if (found != whole) negative = found;
+    if (found != whole || whole == count) return;
     float rest[kInt8Block] = {};
     std::uint8_t rest_codes[kInt8Block];
     std::memcpy(rest, values + whole, (count - whole) * sizeof(float));
-    const std::size_t found = encode_block<Format>(rest, rest_codes, exponents + whole / kInt8Block, whole, rounding);
-    if (found != kInt8Block) negative = whole + found;
+    const std::size_t in_rest =
+        encode_whole<Format>(rest, rest_codes, exponents + whole / kInt8Block, kInt8Block, rounding, whole);
+    if (in_rest != kInt8Block) negative = whole + in_rest;
     std::memcpy(codes + whole, rest_codes, count - whole);
   });
   return negative;
@@ -301,8 +339,7 @@ void decode_blocks(const std::uint8_t* codes, const std::uint8_t* exponents, flo
 
 constexpr std::uint32_t kLowHalf = 0xFFFF;
 constexpr std::uint32_t kHalf = 0x8000;
-constexpr std::size_t kBf16Block = 1024;  // elements, whose largest one decides on the loop
-constexpr std::size_t kTieBlock = 1024;   // elements; one in 2^17 is a tie, so few blocks have any
+constexpr std::size_t kTieBlock = 1024;  // elements; one in 2^17 is a tie, so few blocks have any
 
 // To nearest even, as the hardware does it. Of no NaN.
 OFFLOAD_OPT_INLINE inline std::uint16_t number_to_bf16(std::uint32_t bits) {
@@ -335,17 +372,17 @@ OFFLOAD_OPT_INLINE inline bool split_block(const float* __restrict__ master, std
   return ties != 0;
 }
 
-// Up to kBf16Block elements. With room above the largest of them, the bits that are added reach neither inf nor the
-// sign.
-OFFLOAD_OPT_INLINE inline void encode_bf16_block(const float* __restrict__ values, std::uint16_t* __restrict__ stored,
-                                                 std::uint32_t count, Stretch stretch) {
+// Of one stretch. With room above the largest of them, the bits that are added reach neither inf nor the sign.
+OFFLOAD_OPT_INLINE inline void encode_bf16_stretch(const float* __restrict__ values, std::uint16_t* __restrict__ stored,
+                                                   std::size_t count, Stretch stretch) {
   if (largest_magnitude(values, count) < kInf - 0x10000) {
-    for (std::uint32_t i = 0; i < count; ++i) {
-      stored[i] = static_cast<std::uint16_t>((bits_of(values[i]) + (random_bits(stretch, i) >> 16)) >> 16);
+    std::uint32_t random = stretch.start;  // summed up: compilers multiply for each otherwise
+    for (std::size_t i = 0; i < count; ++i, random += stretch.step) {
+      stored[i] = static_cast<std::uint16_t>((bits_of(values[i]) + (random >> 16)) >> 16);
     }
   } else {
-    for (std::uint32_t i = 0; i < count; ++i) {
-      stored[i] = bf16_at_random(bits_of(values[i]), random_bits(stretch, i));
+    for (std::size_t i = 0; i < count; ++i) {
+      stored[i] = bf16_at_random(bits_of(values[i]), random_bits(stretch, static_cast<std::uint32_t>(i)));
     }
   }
 }
@@ -354,13 +391,10 @@ OFFLOAD_OPT_INLINE inline void encode_bf16_block(const float* __restrict__ value
 
 void encode_bf16(const float* values, std::uint16_t* stored, std::size_t count, Rounding rounding) {
   vectorised([=]() OFFLOAD_OPT_INLINE {
-    for_each_stretch(rounding, count, [=](std::size_t offset, std::size_t length, Stretch stretch) OFFLOAD_OPT_INLINE {
-      for (std::size_t start = offset; start < offset + length; start += kBf16Block) {
-        const auto block = static_cast<std::uint32_t>(std::min(kBf16Block, offset + length - start));
-        encode_bf16_block(values + start, stored + start, block, stretch);
-        stretch.low += block;
-      }
-    });
+    for (std::size_t offset = 0, length = 0; offset < count; offset += length) {
+      length = std::min(count - offset, stretch_length(rounding, offset));
+      encode_bf16_stretch(values + offset, stored + offset, length, stretch_at(rounding, offset));
+    }
   });
 }
 

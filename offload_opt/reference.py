@@ -12,6 +12,8 @@ import torch
 
 BLOCK = 128
 """Elements that share an exponent in int8."""
+STRETCH = 1024
+"""Elements that share the numbers from which their random bits are made."""
 NOT_FINITE = 255
 """The exponent of a block of int8 that has an inf or NaN."""
 
@@ -40,21 +42,24 @@ def _chunks(count: int) -> Iterator[slice]:
 
 
 def random_bits(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """For each of ``count`` elements 32 bits, of which the upper 16 to 20 are random: as in csrc/codec.cpp."""
-    parts = []
-    while count > 0:
-        length = min(count, (1 << 32) - (first & _LOW32))  # the elements that share the high half of their number
-        x = (key + ((first >> 32) + 1) * 0x9E3779B97F4A7C15) & (1 << 64) - 1
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-        x ^= x >> 31
-        bits = torch.arange(length, dtype=torch.int64, device=device) + (first + x & _LOW32) & _LOW32
-        bits = (bits ^ bits >> 16) * 0x7FEB352D & _LOW32
-        bits = bits ^ bits >> 15 ^ x >> 32
-        parts.append(bits * (0x846CA68B - (1 << 32)) & _LOW32)  # less 2^32, so that the product fits
-        first += length
-        count -= length
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    """For each of ``count`` elements 32 bits, of which the upper 23 are random: as in csrc/codec.cpp."""
+    stretch = torch.arange(first // STRETCH, (first + count - 1) // STRETCH + 1, dtype=torch.int64, device=device)
+    x = (stretch + 1) * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    x = (x ^ _shifted(x, 31))[:, None]
+    bits = x + _shifted(x, 32) * torch.arange(STRETCH, dtype=torch.int64, device=device) & _LOW32
+    return bits.flatten()[first % STRETCH :][:count]
+
+
+def _signed(number: int) -> int:
+    """An unsigned number of 64 bits as int64 has it."""
+    return number - (number >> 63 << 64)
+
+
+def _shifted(x: torch.Tensor, places: int) -> torch.Tensor:
+    """int64 as unsigned numbers, shifted to the right."""
+    return x >> places & (1 << 64 - places) - 1
 
 
 def encode_bf16(values: torch.Tensor, stored: torch.Tensor, key: int, first: int) -> None:
