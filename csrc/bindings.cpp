@@ -262,23 +262,25 @@ py::list engines() {
   return rows;
 }
 
-// (format, count, address of values, of stored, of beside, of ties, their number, position), as in coding.h.
-using CodingTuple = std::tuple<unsigned, std::size_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                               std::size_t, std::size_t>;
+// Of a tuple (format, count, address of values, of stored, of beside, of ties, their number, position), see coding.h.
+// Field by field: as a std::tuple it would take as long as a thousand elements.
+Coding coding_of(const py::tuple& fields) {
+  const auto number = [&](std::size_t i) { return fields[i].cast<std::size_t>(); };
+  const auto memory = [&](std::size_t i) { return reinterpret_cast<void*>(number(i)); };
+  return {.format = static_cast<Format>(number(0)),
+          .count = number(1),
+          .values = static_cast<float*>(memory(2)),
+          .stored = memory(3),
+          .beside = memory(4),
+          .ties = static_cast<const std::int32_t*>(memory(5)),
+          .tie_count = number(6),
+          .position = number(7)};
+}
 
-std::vector<Coding> codings_of(const std::vector<CodingTuple>& tuples) {
+std::vector<Coding> codings_of(const py::list& tuples) {
   std::vector<Coding> codings;
   codings.reserve(tuples.size());
-  for (const auto& [format, count, values, stored, beside, ties, tie_count, position] : tuples) {
-    codings.push_back({.format = static_cast<Format>(format),
-                       .count = count,
-                       .values = reinterpret_cast<float*>(values),
-                       .stored = reinterpret_cast<void*>(stored),
-                       .beside = reinterpret_cast<void*>(beside),
-                       .ties = reinterpret_cast<const std::int32_t*>(ties),
-                       .tie_count = tie_count,
-                       .position = position});
-  }
+  for (const py::handle fields : tuples) codings.push_back(coding_of(fields.cast<py::tuple>()));
   return codings;
 }
 
@@ -286,19 +288,18 @@ std::vector<Coding> codings_of(const std::vector<CodingTuple>& tuples) {
 void bind_codings(py::module_& module) {
   module.def(
       "decode",
-      [](const std::vector<CodingTuple>& codings, unsigned threads) {
-        without_gil([&] { decode(codings_of(codings), threads); });
+      [](const py::list& tuples, unsigned threads) {
+        const std::vector<Coding> codings = codings_of(tuples);
+        without_gil([&] { decode(codings, threads); });
       },
       py::arg("codings"), py::arg("threads"));
   module.def(
       "encode",
-      [](const std::vector<CodingTuple>& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first,
-         unsigned threads, LeafHashes* hashes) {
-        const Found found = without_gil([&] {
-          std::vector<Coding> codings = codings_of(tuples);
-          for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
-          return encode(codings, first, threads, hashes);
-        });
+      [](const py::list& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first, unsigned threads,
+         LeafHashes* hashes) {
+        std::vector<Coding> codings = codings_of(tuples);
+        for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
+        const Found found = without_gil([&] { return encode(codings, first, threads, hashes); });
         const py::bytes ties(reinterpret_cast<const char*>(found.ties.data()),
                              found.ties.size() * sizeof(std::int32_t));
         return py::make_tuple(found.coding, found.negative, ties);

@@ -194,6 +194,11 @@ class Chunk:
     exact: tuple[StateTensor, ...]
     coded: tuple[CodedRun, ...]
 
+    @functools.cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Of the values of each of ``coded``."""
+        return tuple(run.numel for run in self.coded)
+
 
 @dataclasses.dataclass(eq=False)
 class Piece:

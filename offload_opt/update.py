@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
 from .errors import OffloadError
 from .inner import InnerOptimizer, settled
-from .units import Chunk, CodedRun, Piece, SwapUnit, is_dense
+from .units import Chunk, Piece, SwapUnit, is_dense
 
 _BF16 = native_format("bf16", "gradient")
 
@@ -39,32 +40,35 @@ class Space(NamedTuple):
 class Scratch:
     """fp32 memory for the time of a batch. On the CPU it is kept: what malloc takes back costs page faults."""
 
-    _MOST_KEPT = 64  # tensors; batches are alike, and those of one parameter after the other take the same
+    _MOST_KEPT = 64  # chunks; batches are alike, and those of one chunk after the other take the same
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
         self._used = 0
-        self._kept: dict[tuple[int, int], Space] = {}
+        self._kept: dict[tuple[int, tuple[int, ...]], list[Space]] = {}
 
-    def take(self, numel: int, device: torch.device) -> Space:
-        """``numel`` elements, with whatever is in there."""
+    def take(self, numels: tuple[int, ...], device: torch.device) -> list[Space]:
+        """Spaces of so many elements, with whatever is in there."""
         if device.type != "cpu":
-            return Space(torch.empty(numel, dtype=torch.float32, device=device), 0)
-        start = self._used
-        self._used += -(-numel // 16) * 16  # whole cache lines
-        kept = self._kept.get((start, numel))
-        return self._keep(start, numel) if kept is None else kept
+            return [Space(torch.empty(numel, dtype=torch.float32, device=device), 0) for numel in numels]
+        kept = self._kept.get((self._used, numels))
+        if kept is None:
+            kept = self._keep(numels)
+        self._used += sum(map(_in_lines, numels))
+        return kept
 
-    def _keep(self, start: int, numel: int) -> Space:
-        if self._used > len(self._memory):
+    def _keep(self, numels: tuple[int, ...]) -> list[Space]:
+        end = self._used + sum(map(_in_lines, numels))
+        if end > len(self._memory):
             # What was taken keeps the memory from before.
-            self._memory = torch.empty(2 * self._used, dtype=torch.float32, device="cpu")
+            self._memory = torch.empty(2 * end, dtype=torch.float32, device="cpu")
             self._kept.clear()
         if len(self._kept) == self._MOST_KEPT:
             self._kept.clear()
-        values = self._memory[start : start + numel]
-        space = self._kept[start, numel] = Space(values, values.data_ptr())
-        return space
+        starts = itertools.accumulate(map(_in_lines, numels), initial=self._used)
+        values = [self._memory[start : start + numel] for start, numel in zip(starts, numels, strict=False)]
+        spaces = self._kept[self._used, numels] = [Space(part, part.data_ptr()) for part in values]
+        return spaces
 
     def reset(self) -> None:
         """All that was taken may be used again."""
@@ -77,16 +81,18 @@ class _Open:
 
     ``parameter`` and ``gradient`` have the parameter's elements, flat, or where the piece is whole as they are. They
     lie at ``address`` and, where it can be decoded with the state, ``bf16_gradient``; 0 where nothing goes by address.
-    State tensors that have a codec are ``coded``, and rounded by ``keys``.
+    ``small`` is its state that stays in memory, from before this step. State tensors that have a codec are ``coded``,
+    and rounded by ``keys``.
     """
 
     piece: Piece
     parameter: torch.Tensor
     gradient: torch.Tensor
+    small: dict[str, Any] | None
+    coded: list[str]
+    keys: list[int]
     address: int = 0
     bf16_gradient: int = 0
-    coded: list[str] = dataclasses.field(default_factory=list)
-    keys: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,8 +100,8 @@ class _Loaded:
     """A chunk as the inner optimizer sees it: a parameter, and the tensors that are its state.
 
     ``paged`` is its state in memory: the unit's bytes, or the values of ``codings``, to be encoded after the update.
-    What it sees of that is ``lent``: an optimizer may put other memory into a tensor (by ``.data``). So it is with the
-    parameter that it updates, ``target``, and its ``memory``.
+    ``cast`` decodes the gradient beside them. What the optimizer sees of ``paged`` is ``lent``: it may put other memory
+    into a tensor (by ``.data``). So it is with the parameter that it updates, ``target``, and its ``memory``.
     """
 
     opened: _Open
@@ -104,6 +110,7 @@ class _Loaded:
     paged: dict[str, torch.Tensor]
     memory: torch.Tensor | None = None
     codings: list[Any] = dataclasses.field(default_factory=list)
+    cast: NativeCoding | None = None
     lent: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -114,6 +121,14 @@ class _Loaded:
     def run_of(self, elements: torch.Tensor) -> torch.Tensor:
         """The chunk's part of what is as the opened piece's parameter is."""
         return elements if self.piece.is_whole else elements[self.chunk.begin : self.chunk.end]
+
+
+class _Batch(NamedTuple):
+    """Chunks that are updated in one call, with the groups and the state that the inner optimizer is lent for it."""
+
+    chunks: list[_Loaded]
+    groups: dict[int, dict[str, Any]]
+    state: defaultdict[Any, dict[str, Any]]
 
 
 class UnitUpdate:
@@ -137,15 +152,8 @@ class UnitUpdate:
         """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        batch: list[_Loaded] = []
-        elements, enough = 0, self._inner.batch_elements(unit.device)
-        for loaded in self._load_chunks(unit, work):
-            batch.append(loaded)
-            elements += loaded.target.numel()
-            if elements >= enough:
-                self._update_batch(batch, checksum if on_cpu else None)
-                batch, elements = [], 0
-        self._update_batch(batch, checksum if on_cpu else None)
+        for batch in self._batches(unit, work):
+            self._update_batch(batch, checksum if on_cpu else None)
         if not on_cpu:
             data[: unit.nbytes].copy_(work)  # waits for the device
         if unit.is_blank:
@@ -176,7 +184,7 @@ class UnitUpdate:
             if resident is not None:
                 state[seen[key]] = resident
             targets[key[0]].extend([seen[key]] * self._listed[key[0]][id(parameter)])
-        self._step_inner(targets, state)
+        self._step_inner(self._lent_groups(targets), state)
         return {key: state[target] for key, target in seen.items() if target in state}
 
     def finish(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -186,128 +194,143 @@ class UnitUpdate:
                 if self._groups[index].get(name) is not value:
                     groups[index][name] = value
 
-    def _load_chunks(self, unit: SwapUnit, data: torch.Tensor) -> Iterator[_Loaded]:
+    def _batches(self, unit: SwapUnit, data: torch.Tensor) -> list[_Batch]:
+        """The unit's chunks, with its bytes as ``data``, up to their values, for which ``_fill`` is.
+
+        All of them before the first is updated: a loop over a chunk leaves nothing in the processor's nearest caches,
+        and after it the same Python takes nearly twice as long.
+        """
         start = data.data_ptr() if _by_address(data) else None
+        batches: list[_Batch] = []
+        chunks: list[_Loaded] = []
+        elements, enough = 0, self._inner.batch_elements(unit.device)
         for piece in unit.pieces:
             parameter = self._parameter(piece.key)
-            if parameter.grad is not None:
-                opened = self._open(piece, parameter, parameter.grad)
-                for chunk in piece.chunks:
-                    yield self._load(opened, chunk, data, start)
+            if parameter.grad is None:
+                continue
+            opened = self._open(piece, parameter, parameter.grad)
+            for chunk in piece.chunks:
+                chunks.append(self._load(opened, chunk, data, start))
+                elements += chunks[-1].target.numel()
+                if elements >= enough:
+                    batches.append(self._batch(chunks))
+                    chunks, elements = [], 0
+        if chunks:
+            batches.append(self._batch(chunks))
+        return batches
+
+    def _batch(self, chunks: list[_Loaded]) -> _Batch:
+        targets: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for loaded in chunks:
+            group = loaded.piece.key[0]
+            times = self._listed[group][id(self._parameter(loaded.piece.key))]
+            targets[group].extend([loaded.target] * times)
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        state.update((loaded.target, loaded.state) for loaded in chunks)
+        self._scratch.reset()  # the next batch has the same memory, when this one is done
+        return _Batch(chunks, self._lent_groups(targets), state)
 
     def _open(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor) -> _Open:
         if not piece.is_whole:
             parameter, gradient = flat(parameter), in_memory_order(gradient, parameter)
         elif piece.master is not None:
             parameter, gradient = parameter.detach(), gradient.detach()
-        opened = _Open(piece, parameter, gradient)
+        coded = [tensor.name for tensor in piece.tensors if tensor.codec != "exact"]
+        opened = _Open(piece, parameter, gradient, piece.resident, coded, rounding_keys(piece, coded, self._step))
         if _by_address(parameter):
             opened.address = parameter.data_ptr()
             if gradient.dtype == torch.bfloat16 and gradient.dim() == 1 and gradient.is_contiguous():
                 opened.bf16_gradient = gradient.data_ptr()
-        opened.coded = [tensor.name for tensor in piece.tensors if tensor.codec != "exact"]
-        opened.keys = rounding_keys(piece, opened.coded, self._step)
         return opened
 
     def _load(self, opened: _Open, chunk: Chunk, data: torch.Tensor, start: int | None) -> _Loaded:
         """``data`` is the unit's bytes, which begin at ``start`` where they are coded by address."""
         piece, parameter = opened.piece, opened.parameter
-        small = piece.resident  # the value before this step, for every chunk of the piece
-        paged = {tensor.name: tensor.view(data) for tensor in chunk.exact}
-        loaded = _Loaded(opened, chunk, parameter, paged)
-        if start is None:
-            self._note_codings(loaded, data)
+        loaded = _Loaded(opened, chunk, parameter, {tensor.name: tensor.view(data) for tensor in chunk.exact})
+        if piece.master is None:
+            self._note_codings(loaded, self._scratch.take(chunk.numels, parameter.device), data, start)
+            if not piece.is_whole:
+                loaded.target = loaded.run_of(parameter)
+                loaded.target.grad = loaded.run_of(opened.gradient)
+                loaded.memory = loaded.target.detach()
         else:
-            self._note_native_codings(loaded, start)
-        casts: list[Any] = []
-        if piece.master is not None:
-            loaded.memory = paged.pop(MASTER)
+            *spaces, cast = self._scratch.take((*chunk.numels, chunk.end - chunk.begin), parameter.device)
+            self._note_codings(loaded, spaces, data, start)
+            loaded.memory = loaded.paged.pop(MASTER)
             # Detached: what an optimizer may note on a parameter is not to be found on the next one.
             loaded.target = loaded.memory.detach()
-            loaded.target.grad, casts = self._cast(loaded)
-        elif not piece.is_whole:
-            loaded.target = loaded.run_of(parameter)
-            loaded.target.grad = loaded.run_of(opened.gradient)
-            loaded.memory = loaded.target.detach()
-        codings = [*loaded.codings, *casts] if small is not None else casts
-        if codings:
-            if start is None:
-                decode(codings)
-            else:
-                decode_native(codings)
-        if small is not None:
+            loaded.target.grad = self._gradient_in(cast, loaded)
+        if opened.small is not None:
             # The last chunk may have the values themselves.
             is_last = chunk.end == piece.stop
-            loaded.state.update(small if is_last else {name: copy_value(value) for name, value in small.items()})
-            loaded.lent = {name: value.detach() for name, value in paged.items()}
+            small = opened.small if is_last else {name: copy_value(value) for name, value in opened.small.items()}
+            loaded.lent = {name: value.detach() for name, value in loaded.paged.items()}
+            loaded.state.update(small)
             loaded.state.update(loaded.lent)
-        elif piece.master is not None:
-            loaded.target.copy_(loaded.run_of(parameter))
         return loaded
 
-    def _note_codings(self, loaded: _Loaded, data: torch.Tensor) -> None:
-        """Note what the unit has of the chunk's state with a codec, and where its values go."""
-        piece, chunk, parameter = loaded.piece, loaded.chunk, loaded.opened.parameter
-        for run in chunk.coded:
-            values = self._space_for(loaded, run).values
-            stored = [part.view(data) for part in run.stored]
-            own = None if piece.master is None else flat(loaded.run_of(parameter))
-            loaded.codings.append(coding_of(piece, run.tensor, stored, values, chunk.begin, own))
+    def _note_codings(self, loaded: _Loaded, spaces: list[Space], data: torch.Tensor, start: int | None) -> None:
+        """Note what the unit has of the chunk's state with a codec, and that its values go into ``spaces``."""
+        opened, piece, chunk = loaded.opened, loaded.piece, loaded.chunk
+        for run, space in zip(chunk.coded, spaces, strict=True):
+            tensor, values = run.tensor, space.values
+            loaded.paged[tensor.name] = values.as_strided(tensor.shape, tensor.stride) if piece.is_whole else values
+            if start is None:
+                stored = [part.view(data) for part in run.stored]
+                own = None if piece.master is None else flat(loaded.run_of(opened.parameter))
+                loaded.codings.append(coding_of(piece, tensor, stored, values, chunk.begin, own))
+            else:
+                weight = opened.address + chunk.begin * opened.parameter.element_size()
+                loaded.codings.append(native_coding_of(piece, run, space.address, start, chunk.begin, weight))
 
-    def _note_native_codings(self, loaded: _Loaded, start: int) -> None:
-        """The same by addresses."""
-        piece, chunk = loaded.piece, loaded.chunk
-        weight = loaded.opened.address + chunk.begin * loaded.opened.parameter.element_size()
-        for run in chunk.coded:
-            values = self._space_for(loaded, run).address
-            loaded.codings.append(native_coding_of(piece, run, values, start, chunk.begin, weight))
-
-    def _space_for(self, loaded: _Loaded, run: CodedRun) -> Space:
-        """For the values of a run, which are to be paged."""
-        tensor, space = run.tensor, self._scratch.take(run.numel, loaded.opened.parameter.device)
-        is_whole = loaded.piece.is_whole
-        loaded.paged[tensor.name] = space.values.as_strided(tensor.shape, tensor.stride) if is_whole else space.values
-        return space
-
-    def _cast(self, loaded: _Loaded) -> tuple[torch.Tensor, list[NativeCoding]]:
-        """The gradient's run in fp32, laid out as the parameter's where that has no gaps, once the codings beside it
-        are decoded: on the CPU bf16 is decoded as by the codec of this name, in one loop with the state."""
-        opened = loaded.opened
-        begin, numel = loaded.chunk.begin, loaded.chunk.end - loaded.chunk.begin
-        cast, place = self._scratch.take(numel, opened.gradient.device)
+    def _gradient_in(self, space: Space, loaded: _Loaded) -> torch.Tensor:
+        """Where the chunk's gradient is to be in fp32, laid out as the parameter's where that has no gaps. On the CPU
+        bf16 is decoded as by the codec of this name, in one loop with the state."""
+        opened, values = loaded.opened, space.values
         if opened.bf16_gradient:
-            address = opened.bf16_gradient + 2 * begin
+            address = opened.bf16_gradient + 2 * loaded.chunk.begin
+            loaded.cast = NativeCoding(_BF16, len(values), space.address, address, address)
             # Detached: an optimizer may put other memory into a gradient, and this one is kept.
-            return cast.detach(), [NativeCoding(_BF16, numel, place, address, address)]
+            return values.detach()
         own = loaded.run_of(opened.parameter)
-        cast = cast.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else cast.view(own.shape)
-        return cast.copy_(loaded.run_of(opened.gradient)), []
+        return (
+            values.as_strided(own.shape, own.stride()) if is_dense(own.shape, own.stride()) else values.view(own.shape)
+        )
 
-    def _update_batch(self, batch: list[_Loaded], checksum: Checksum | None) -> None:
-        if not batch:
-            return
-        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-        targets: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for loaded in batch:
-            group = loaded.piece.key[0]
-            state[loaded.target] = loaded.state
-            times = self._listed[group][id(self._parameter(loaded.piece.key))]
-            targets[group].extend([loaded.target] * times)
-        self._step_inner(targets, state)
-        for loaded in batch:
-            self._adopt(loaded, state[loaded.target])
+    def _fill(self, loaded: _Loaded) -> None:
+        """The values of a chunk: its state, and what a master needs of the parameter and the gradient."""
+        opened = loaded.opened
+        codings = [] if opened.small is None else loaded.codings
+        if loaded.cast is not None:
+            decode_native([*codings, loaded.cast])
+        elif codings:
+            decode_native(codings) if isinstance(codings[0], NativeCoding) else decode(codings)
+        if opened.piece.master is not None:
+            if loaded.cast is None:
+                assert loaded.target.grad is not None
+                loaded.target.grad.copy_(loaded.run_of(opened.gradient))
+            if opened.small is None:
+                loaded.target.copy_(loaded.run_of(opened.parameter))
+
+    def _update_batch(self, batch: _Batch, checksum: Checksum | None) -> None:
+        for loaded in batch.chunks:
+            self._fill(loaded)
+        self._step_inner(batch.groups, batch.state)
+        for loaded in batch.chunks:
+            self._adopt(loaded, batch.state[loaded.target])
             self._encode(loaded, checksum)
         if checksum is not None:
-            exact = (tensor for loaded in batch for tensor in loaded.chunk.exact)
+            exact = (tensor for loaded in batch.chunks for tensor in loaded.chunk.exact)
             checksum.add([(tensor.offset, tensor.nbytes) for tensor in exact])
-        self._scratch.reset()
 
-    def _step_inner(self, targets: Mapping[int, list[torch.Tensor]], state: defaultdict[Any, dict[str, Any]]) -> None:
-        lent = {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
-        self._inner.step_on(list(lent.values()), state)
-        for group in lent.values():
+    def _lent_groups(self, targets: Mapping[int, list[torch.Tensor]]) -> dict[int, dict[str, Any]]:
+        return {index: {**self._groups[index], "params": params} for index, params in sorted(targets.items())}
+
+    def _step_inner(self, groups: Mapping[int, dict[str, Any]], state: defaultdict[Any, dict[str, Any]]) -> None:
+        self._inner.step_on(list(groups.values()), state)
+        for group in groups.values():
             group.pop("params", None)  # their gradients would outlive zero_grad()
-        self._groups_after.update(lent)
+        self._groups_after.update(groups)
 
     def _adopt(self, loaded: _Loaded, state: dict[str, Any]) -> None:
         """Take over what the inner optimizer left as a chunk's state."""
@@ -347,6 +370,11 @@ class UnitUpdate:
         parameter = self._groups[key[0]]["params"][key[1]]
         assert isinstance(parameter, torch.Tensor)
         return parameter
+
+
+def _in_lines(numel: int) -> int:
+    """fp32 elements in whole cache lines."""
+    return -(-numel // 16) * 16
 
 
 def _by_address(tensor: torch.Tensor) -> bool:
