@@ -302,9 +302,9 @@ class UnitUpdate:
         opened = loaded.opened
         codings = [] if opened.small is None else loaded.codings
         if loaded.cast is not None:
-            decode_native([*codings, loaded.cast])
-        elif codings:
-            decode_native(codings) if isinstance(codings[0], NativeCoding) else decode(codings)
+            codings = [*codings, loaded.cast]
+        if codings:
+            (decode_native if isinstance(codings[0], NativeCoding) else decode)(codings)
         if opened.piece.master is not None:
             if loaded.cast is None:
                 assert loaded.target.grad is not None
