@@ -67,6 +67,7 @@ OFFLOAD_OPT_INLINE inline std::uint32_t greater(std::uint32_t a, std::uint32_t b
 
 // Elements that share the numbers from which their random bits are made, counted from the parameter's first.
 constexpr std::size_t kStretch = 1024;
+static_assert(kStretch >= kInt8Block && kStretch <= 1024);  // a block is of two at most; see random_bits()
 
 // The random bits of a stretch, from one of its elements on: `start`, and for each element `step` more, modulo 2^32.
 struct Stretch {
@@ -92,9 +93,10 @@ OFFLOAD_OPT_INLINE inline std::size_t stretch_length(Rounding rounding, std::uin
 }
 
 // Random bits of the i-th element, of which the upper 23 may be used: over all keys each of their values is as likely
-// as any other, and they are independent of those of any other element (Dietzfelbinger: Universal hashing and k-wise
-// independent random variables via integer arithmetic without primes, 1996; 10 bits of i leave 23). So each value is
-// rounded without bias, and sums of errors have the variance of independent ones, for one addition an element.
+// as any other, and those of any two elements of a stretch are independent, though not of three (Dietzfelbinger:
+// Universal hashing and k-wise independent random variables via integer arithmetic without primes, 1996; 10 bits of i
+// leave 23). So each value is rounded without bias, and sums of errors have the variance of independent ones, for one
+// addition an element.
 OFFLOAD_OPT_INLINE inline std::uint32_t random_bits(Stretch stretch, std::uint32_t i) {
   return stretch.start + i * stretch.step;
 }

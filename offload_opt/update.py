@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ class Scratch:
         return spaces
 
     def reset(self) -> None:
-        """All that was taken may be used again."""
+        """The next batch gets the same memory: one must be done before the next is filled."""
         self._used = 0
 
 
@@ -152,8 +152,9 @@ class UnitUpdate:
         """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        for batch in self._batches(unit, work):
-            self._update_batch(batch, checksum if on_cpu else None)
+        batches = self._batches(unit, work)
+        while batches:  # each is given up when it is done: it has what the optimizer made
+            self._update_batch(batches.popleft(), checksum if on_cpu else None)
         if not on_cpu:
             data[: unit.nbytes].copy_(work)  # waits for the device
         if unit.is_blank:
@@ -194,14 +195,14 @@ class UnitUpdate:
                 if self._groups[index].get(name) is not value:
                     groups[index][name] = value
 
-    def _batches(self, unit: SwapUnit, data: torch.Tensor) -> list[_Batch]:
-        """The unit's chunks, with its bytes as ``data``, up to their values, for which ``_fill`` is.
+    def _batches(self, unit: SwapUnit, data: torch.Tensor) -> deque[_Batch]:
+        """All of the unit's chunks but their values, which ``_fill`` puts in. ``data`` is the unit's bytes.
 
         All of them before the first is updated: a loop over a chunk leaves nothing in the processor's nearest caches,
         and after it the same Python takes nearly twice as long.
         """
         start = data.data_ptr() if _by_address(data) else None
-        batches: list[_Batch] = []
+        batches: deque[_Batch] = deque()
         chunks: list[_Loaded] = []
         elements, enough = 0, self._inner.batch_elements(unit.device)
         for piece in unit.pieces:

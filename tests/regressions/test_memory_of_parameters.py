@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,34 @@ def test_the_default_device_does_not_matter(kind: str, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     done = scripts.run(WITH_DEFAULT_DEVICE, kind, tmp_path, tmp_path / "snapshot-")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_optimizer_made_is_given_up_with_its_batch(store: Path) -> None:
+    """Else the first step holds all of a unit's state a second time."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    class Momentum(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            alive.append(sum(ref() is not None for ref in made))
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if "buffer" not in self.state[p]:
+                        self.state[p]["buffer"] = torch.zeros_like(p)
+                        made.append(weakref.ref(self.state[p]["buffer"]))
+                    p.sub_(self.state[p]["buffer"].add_(p.grad), alpha=group["lr"])
+
+    OffloadOptimizer.register(Momentum, "elementwise")
+    parameters = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(4)]
+    with OffloadOptimizer(Momentum(parameters), store, unit_size="32MiB", host_memory="128MiB") as optimizer:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        made.clear()
+        alive.clear()
+        optimizer.step()
+        assert len(made) >= 4
+        assert max(alive) <= 1

@@ -159,7 +159,8 @@ def test_rounding_errors_of_neighbours_keys_and_states_are_independent() -> None
         assert abs(float((ours * other).mean())) < 5 / stretches**0.5
     sums = ours.view(stretches, reference.STRETCH).sum(1)
     assert abs(float(sums.mean())) < 5 * (reference.STRETCH / stretches) ** 0.5
-    assert 0.5 < float(sums.square().mean()) / reference.STRETCH < 2  # 1 for independent ones
+    # 1 for independent ones; of other keys it may be further off: a step near 0 rounds a whole stretch alike.
+    assert 0.5 < float(sums.square().mean()) / reference.STRETCH < 2
 
 
 # What comes back.
