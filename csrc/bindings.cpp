@@ -277,7 +277,7 @@ Coding coding_of(const py::tuple& fields) {
           .position = number(7)};
 }
 
-std::vector<Coding> codings_of(const py::list& tuples) {
+std::vector<Coding> codings_of(const py::sequence& tuples) {
   std::vector<Coding> codings;
   codings.reserve(tuples.size());
   for (const py::handle fields : tuples) codings.push_back(coding_of(fields.cast<py::tuple>()));
@@ -288,14 +288,14 @@ std::vector<Coding> codings_of(const py::list& tuples) {
 void bind_codings(py::module_& module) {
   module.def(
       "decode",
-      [](const py::list& tuples, unsigned threads) {
+      [](const py::sequence& tuples, unsigned threads) {
         const std::vector<Coding> codings = codings_of(tuples);
         without_gil([&] { decode(codings, threads); });
       },
       py::arg("codings"), py::arg("threads"));
   module.def(
       "encode",
-      [](const py::list& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first, unsigned threads,
+      [](const py::sequence& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first, unsigned threads,
          LeafHashes* hashes) {
         std::vector<Coding> codings = codings_of(tuples);
         for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
