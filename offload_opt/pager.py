@@ -22,6 +22,7 @@ from .codecs import MASTER, REMAINDER
 from .coding import coding_of, decode_run, encode_run, flat, in_memory_order, rounding_keys
 from .config import OffloadConfig
 from .errors import OffloadError
+from .heap import HeapTrim
 from .inner import InnerOptimizer
 from .parameters import ParameterState, check_as_planned, parameters_of, plan_parameters, resident_from
 from .state_file import WholeTensor
@@ -62,6 +63,7 @@ class ParameterPager:
         self._manager = manager
         self._config = config
         self._scratch = Scratch()
+        self._heap = HeapTrim()
         self.entries: dict[Key, Entry] = {}
         self.epoch = 0
         """Steps that the state has been through, over all runs. By it stored values are rounded."""
@@ -114,7 +116,7 @@ class ParameterPager:
             check_as_planned(groups, key, parameter, None if entry is None else entry.plan)
         self.page_out_brought(groups)
         self.plan(groups, [key for key in active if key not in self.entries])
-        update = UnitUpdate(self._inner, groups, self.epoch, self._scratch)
+        update = UnitUpdate(self._inner, groups, self.epoch, self._scratch, self._heap)
         with self._manager.failing():  # some parameters are updated, and others are not
             unpaged = {key: self.entries[key].resident for key in active if not self.entries[key].pieces}
             with_master = {key for key in unpaged if MASTER in self.entries[key].plan.template.names}

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .aio import trim_heap
 from .checksums import Checksum
 from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
 from .errors import OffloadError
+from .heap import HeapTrim
 from .inner import InnerOptimizer, settled
 from .units import Chunk, Piece, SwapUnit, is_dense
 
@@ -138,10 +138,13 @@ class UnitUpdate:
     which stored values are rounded.
     """
 
-    def __init__(self, inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], step: int, scratch: Scratch) -> None:
+    def __init__(
+        self, inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], step: int, scratch: Scratch, heap: HeapTrim
+    ) -> None:
         self._inner = inner
         self._step = step
         self._scratch = scratch
+        self._heap = heap
         self._groups = [settled(group) for group in groups]
         self._groups_after: dict[int, dict[str, Any]] = {}
         # How often each group lists a parameter, by id: torch steps it that often.
@@ -152,15 +155,12 @@ class UnitUpdate:
         """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        batches = self._batches(unit, work)
-        while batches:  # each is given up when it is done: it has what the optimizer made
-            self._update_batch(batches.popleft(), checksum if on_cpu else None)
+        with self._heap.watched():
+            batches = self._batches(unit, work)
+            while batches:  # each is given up when it is done: it has what the optimizer made
+                self._update_batch(batches.popleft(), checksum if on_cpu else None)
         if not on_cpu:
             data[: unit.nbytes].copy_(work)  # waits for the device
-        if unit.is_blank:
-            # The optimizer made its state in memory of its own, and small tensors that stay among it: without this,
-            # what it freed between them adds up to the size of the whole state (measured with glibc).
-            trim_heap()
 
     def update_unpaged(
         self, states: Mapping[Key, dict[str, Any] | None], with_master: Collection[Key], busy: set[int]

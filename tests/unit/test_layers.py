@@ -14,7 +14,7 @@ PACKAGE = "offload_opt"
 LAYERS = [
     ["errors", "config", "trace", "drives"],
     ["checksums", "reference", "codecs", "units", "coding", "planner", "inner"],
-    ["aio", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
+    ["aio", "heap", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
     ["update", "parameters", "pager", "state_dict", "weights", "checkpoint", "optimizer"],
