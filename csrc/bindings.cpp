@@ -19,6 +19,7 @@
 #include <system_error>
 #include <thread>
 
+#include "adam.h"
 #include "aio_handle.h"
 #include "coding.h"
 #include "leaf_hashes.h"
@@ -284,6 +285,10 @@ std::vector<Coding> codings_of(const py::sequence& tuples) {
   return codings;
 }
 
+py::bytes bytes_of(const std::vector<std::int32_t>& numbers) {
+  return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(std::int32_t)};
+}
+
 // Whoever calls vouches for addresses and lengths.
 void bind_codings(py::module_& module) {
   module.def(
@@ -300,11 +305,21 @@ void bind_codings(py::module_& module) {
         std::vector<Coding> codings = codings_of(tuples);
         for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
         const Found found = without_gil([&] { return encode(codings, first, threads, hashes); });
-        const py::bytes ties(reinterpret_cast<const char*>(found.ties.data()),
-                             found.ties.size() * sizeof(std::int32_t));
-        return py::make_tuple(found.coding, found.negative, ties);
+        return py::make_tuple(found.coding, found.negative, bytes_of(found.ties));
       },
       py::arg("codings"), py::arg("keys"), py::arg("first"), py::arg("threads"), py::arg("hashes"));
+  module.def(
+      "adam",
+      [](const py::sequence& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first,
+         const std::tuple<double, double, double, double, double, double, bool, bool>& options, unsigned threads,
+         LeafHashes* hashes) {
+        std::vector<Coding> codings = codings_of(tuples);
+        for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
+        const AdamRun run{codings.at(0), codings.at(1), codings.at(2), codings.at(3)};
+        const AdamStep step = std::apply([](auto... values) { return AdamStep{values...}; }, options);
+        return bytes_of(without_gil([&] { return adam(run, step, first, threads, hashes); }));
+      },
+      py::arg("codings"), py::arg("keys"), py::arg("first"), py::arg("options"), py::arg("threads"), py::arg("hashes"));
   module.def("thread_count", &thread_count, py::arg("threads"));
 }
 

@@ -19,8 +19,9 @@ T* from(void* memory, std::size_t element) {
 
 Int8Kind kind_of(Format format) { return format == Format::kSigned8 ? Int8Kind::kSigned : Int8Kind::kNonNegative; }
 
-void decode_part(const Coding& coding, std::size_t begin, std::size_t end) {
-  float* const values = coding.values + begin;
+}  // namespace
+
+void decode_part(const Coding& coding, std::size_t begin, std::size_t end, float* values) {
   switch (coding.format) {
     case Format::kBf16:
       return decode_bf16(from<std::uint16_t>(coding.stored, begin), values, end - begin);
@@ -28,7 +29,7 @@ void decode_part(const Coding& coding, std::size_t begin, std::size_t end) {
     case Format::kNonNegative8:
       return decode_int8(kind_of(coding.format), from<std::uint8_t>(coding.stored, begin),
                          from<std::uint8_t>(coding.beside, begin / kInt8Block), values, end - begin);
-    case Format::kMaster:
+    case Format::kMaster: {
       join_master(from<std::uint16_t>(coding.beside, begin), from<std::uint16_t>(coding.stored, begin), end - begin,
                   values);
       const auto first = static_cast<std::int64_t>(coding.position + begin);
@@ -37,13 +38,15 @@ void decode_part(const Coding& coding, std::size_t begin, std::size_t end) {
       for (auto tie = std::lower_bound(coding.ties, last, first); tie < last && *tie - first < count; ++tie) {
         if (*tie >= first) raise_tie(values[*tie - first]);  // so it is, if they are in order
       }
+      return;
+    }
+    case Format::kExact:
+      return;
   }
 }
 
-// Returns the index in the part of the first value that is below zero where it must not be; `end - begin` if none is.
 std::size_t encode_part(const Coding& coding, std::size_t begin, std::size_t end, std::uint64_t first,
-                        std::vector<std::int32_t>& ties) {
-  const float* const values = coding.values + begin;
+                        const float* values, std::vector<std::int32_t>& ties) {
   const Rounding rounding{coding.key, first + begin};
   switch (coding.format) {
     case Format::kBf16:
@@ -56,16 +59,25 @@ std::size_t encode_part(const Coding& coding, std::size_t begin, std::size_t end
     case Format::kMaster:
       split_master(values, from<std::uint16_t>(coding.beside, begin), from<std::uint16_t>(coding.stored, begin),
                    end - begin, coding.position + begin, ties);
+      break;
+    case Format::kExact:
+      break;
   }
   return end - begin;
 }
 
-// What encode_part() has stored, but for a master's weights.
-void hash_part(const Coding& coding, std::size_t begin, std::size_t end, LeafHashes& hashes) {
+std::span<const std::byte> stored_part(const Coding& coding, std::size_t begin, std::size_t end) {
   const bool is_8_bits = coding.format == Format::kSigned8 || coding.format == Format::kNonNegative8;
   const std::size_t size = is_8_bits ? 1 : 2;
-  hashes.add({from<const std::byte>(coding.stored, begin * size), (end - begin) * size});
+  return {from<const std::byte>(coding.stored, begin * size), (end - begin) * size};
 }
+
+void insert_ties(std::vector<std::int32_t>& all, const std::vector<std::int32_t>& ties) {
+  if (ties.empty()) return;
+  all.insert(std::lower_bound(all.begin(), all.end(), ties.front()), ties.begin(), ties.end());
+}
+
+namespace {
 
 // Calls `part(i, begin, end)` on up to `threads` threads for parts of all codings.
 template <typename Part>
@@ -82,8 +94,9 @@ void in_parts(const std::vector<Coding>& codings, unsigned threads, const Part& 
 }  // namespace
 
 void decode(const std::vector<Coding>& codings, unsigned threads) {
-  in_parts(codings, threads,
-           [&](std::size_t i, std::size_t begin, std::size_t end) { decode_part(codings[i], begin, end); });
+  in_parts(codings, threads, [&](std::size_t i, std::size_t begin, std::size_t end) {
+    decode_part(codings[i], begin, end, codings[i].values + begin);
+  });
 }
 
 Found encode(const std::vector<Coding>& codings, std::uint64_t first, unsigned threads, LeafHashes* hashes) {
@@ -92,18 +105,15 @@ Found encode(const std::vector<Coding>& codings, std::uint64_t first, unsigned t
   Found found{codings.size(), 0, {}};
   const auto part = [&](std::size_t i, std::size_t begin, std::size_t end) {
     std::vector<std::int32_t> ties;
-    const std::size_t negative = encode_part(codings[i], begin, end, first, ties);
-    if (hashes != nullptr) hash_part(codings[i], begin, end, *hashes);
+    const std::size_t negative = encode_part(codings[i], begin, end, first, codings[i].values + begin, ties);
+    if (hashes != nullptr) hashes->add(stored_part(codings[i], begin, end));
     if (negative == end - begin && ties.empty()) return;
     const std::lock_guard lock(mutex);
     if (negative < end - begin && std::pair(i, begin + negative) < std::pair(found.coding, found.negative)) {
       found.coding = i;
       found.negative = begin + negative;
     }
-    if (ties.empty()) return;
-    // Before those of the parts behind this one.
-    const auto place = std::lower_bound(found.ties.begin(), found.ties.end(), ties.front());
-    found.ties.insert(place, ties.begin(), ties.end());
+    insert_ties(found.ties, ties);
   };
   in_parts(codings, threads, [&](std::size_t i, std::size_t begin, std::size_t end) {
     try {

@@ -74,3 +74,11 @@ def encode(
     hashes: LeafHashes | None,
 ) -> tuple[int, int, bytes]: ...
 def thread_count(threads: int) -> int: ...
+def adam(
+    codings: Sequence[tuple[int, int, int, int, int, int, int, int]],
+    keys: Sequence[int],
+    first: int,
+    options: tuple[float, float, float, float, float, float, bool, bool],
+    threads: int,
+    hashes: LeafHashes | None,
+) -> bytes: ...

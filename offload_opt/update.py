@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .adam import NativeAdam
 from .checksums import Checksum
 from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
@@ -146,6 +147,7 @@ class UnitUpdate:
         self._scratch = scratch
         self._heap = heap
         self._groups = [settled(group) for group in groups]
+        self._native = [NativeAdam.of(inner.optimizer, group) for group in groups]
         self._groups_after: dict[int, dict[str, Any]] = {}
         # How often each group lists a parameter, by id: torch steps it that often.
         self._listed = [Counter(map(id, group["params"])) for group in groups]
@@ -156,7 +158,8 @@ class UnitUpdate:
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
         with self._heap.watched():
-            batches = self._batches(unit, work)
+            pieces = [piece for piece in unit.pieces if not self._is_updated_natively(piece, work, checksum)]
+            batches = self._batches(pieces, unit.device, work)
             while batches:  # each is given up when it is done: it has what the optimizer made
                 self._update_batch(batches.popleft(), checksum if on_cpu else None)
         if not on_cpu:
@@ -195,8 +198,22 @@ class UnitUpdate:
                 if self._groups[index].get(name) is not value:
                     groups[index][name] = value
 
-    def _batches(self, unit: SwapUnit, data: torch.Tensor) -> deque[_Batch]:
-        """All of the unit's chunks but their values, which ``_fill`` puts in. ``data`` is the unit's bytes.
+    def _is_updated_natively(self, piece: Piece, data: torch.Tensor, checksum: Checksum | None) -> bool:
+        """Update a piece by the native loop, where that can do it; ``data`` is its unit's bytes."""
+        native = self._native[piece.key[0]]
+        if native is None or not _by_address(data):
+            return False
+        parameter = self._parameter(piece.key)
+        gradient = parameter.grad
+        if gradient is None or self._listed[piece.key[0]][id(parameter)] > 1:
+            return False
+        if not native.takes(piece, parameter, gradient):
+            return False
+        native.update(piece, parameter, gradient, data.data_ptr(), self._step, checksum)
+        return True
+
+    def _batches(self, pieces: Sequence[Piece], device: torch.device, data: torch.Tensor) -> deque[_Batch]:
+        """All of the pieces' chunks but their values, which ``_fill`` puts in. ``data`` is their unit's bytes.
 
         All of them before the first is updated: a loop over a chunk leaves nothing in the processor's nearest caches,
         and after it the same Python takes nearly twice as long.
@@ -204,8 +221,8 @@ class UnitUpdate:
         start = data.data_ptr() if _by_address(data) else None
         batches: deque[_Batch] = deque()
         chunks: list[_Loaded] = []
-        elements, enough = 0, self._inner.batch_elements(unit.device)
-        for piece in unit.pieces:
+        elements, enough = 0, self._inner.batch_elements(device)
+        for piece in pieces:
             parameter = self._parameter(piece.key)
             if parameter.grad is None:
                 continue

@@ -73,6 +73,7 @@ inline std::vector<const EngineEntry*> working_engines() {
 }
 
 // Throws a Failure.
+void check_adam(std::uint64_t seed);
 void check_codecs(std::uint64_t seed);
 void check_leaf_hashes(std::uint64_t seed);
 

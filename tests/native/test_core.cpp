@@ -492,6 +492,7 @@ bool run_tests() {
       std::cout << "FAIL  " << engine << " " << name << ": " << error.what() << std::endl;
     }
   };
+  count("no engine", "adam", [] { check_adam(seed); });
   count("no engine", "codecs", [] { check_codecs(seed); });
   count("no engine", "leaf_hashes", [] { check_leaf_hashes(seed); });
   for (const EngineEntry* engine : engine_table()) {

@@ -13,7 +13,7 @@ PACKAGE = "offload_opt"
 # From the bottom up. Within a layer, too, a module imports only those before it.
 LAYERS = [
     ["errors", "config", "trace", "drives"],
-    ["checksums", "reference", "codecs", "units", "coding", "planner", "inner"],
+    ["checksums", "reference", "codecs", "units", "coding", "adam", "planner", "inner"],
     ["aio", "heap", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
@@ -35,9 +35,9 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 # Importer and imported: for type annotations only.
 TYPES_ONLY = {("buffers", "aio")}
-# aio is the face of the native handle; codecs and checksums are those of the native loops, which know no handle and no
-# file.
-IMPORTERS_OF_NATIVE = ("aio", "codecs", "checksums")
+# aio is the face of the native handle; codecs, checksums and adam are those of the native loops, which know no handle
+# and no file.
+IMPORTERS_OF_NATIVE = ("aio", "codecs", "checksums", "adam")
 
 
 class Imports(ast.NodeVisitor):

@@ -1,0 +1,133 @@
+"""torch's fused Adam and AdamW on the CPU, over state that has codecs, in one native loop (csrc/adam.cpp).
+
+Codec and optimizer one after the other go through memory for each pass: decoded values of a chunk do not fit the
+nearest caches. The native loop decodes, updates and encodes a few KiB at a time, and takes about two thirds of the
+time for int8 state. It is the one optimizer that is written out here; whatever it does not cover goes to the
+optimizer itself.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _C
+from .checksums import Checksum
+from .codecs import MASTER, REMAINDER, NativeCoding, native_format, native_ties
+from .coding import in_memory_order, rounding_keys
+from .units import Piece, StateTensor, is_dense
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXACT = 4  # csrc/coding.h's Format
+_BF16 = native_format("bf16", "gradient")
+
+
+class NativeAdam(NamedTuple):
+    """The options of a group, as csrc/adam.h takes them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    is_decoupled: bool
+    is_maximizing: bool
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> NativeAdam | None:
+        """Of a group for which the native loop does what the optimizer would do by itself; None of others."""
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not group["fused"]:
+            return None
+        if group["amsgrad"] or group["capturable"] or group["differentiable"]:
+            return None
+        if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+            return None
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        if not all(isinstance(number, int | float) or _is_scalar(number) for number in numbers) or not _has_vectors():
+            return None
+        lr, beta1, beta2, eps, weight_decay = map(float, numbers)
+        if not 0 <= beta2 <= 1:  # the second moment might fall below zero
+            return None
+        is_decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        return cls(lr, beta1, beta2, eps, weight_decay, bool(is_decoupled), bool(group["maximize"]))
+
+    def takes(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
+        """Whether ``update`` can do it: the piece has state, rounded by a codec, and all is as Adam makes it."""
+        tensors = {tensor.name: tensor for tensor in piece.tensors}
+        master = tensors.pop(MASTER, None)
+        is_coded = tuple(tensors) == _MOMENTS and any(tensor.codec != "exact" for tensor in tensors.values())
+        return (
+            is_coded
+            and all(tensor.dtype == torch.float32 for tensor in tensors.values())
+            and piece.resident is not None
+            and piece.resident.keys() == {"step"}
+            and _is_scalar(piece.resident["step"])
+            and (parameter.dtype == torch.float32 if master is None else master.codec == REMAINDER)
+            and _is_plain(parameter)
+            and is_dense(parameter.shape, parameter.stride())
+            and _is_plain(gradient)
+            and gradient.dtype == parameter.dtype
+        )
+
+    def update(
+        self,
+        piece: Piece,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        data: int,
+        step: int,
+        checksum: Checksum | None,
+    ) -> None:
+        """Update a piece that it ``takes``, whose unit's bytes begin at ``data``, in the optimizer's ``step``."""
+        assert piece.resident is not None
+        numel = piece.stop - piece.start
+        weight = parameter.data_ptr() + piece.start * parameter.element_size()
+        ordered = in_memory_order(gradient, parameter)  # to be kept: it may be a copy
+        given = ordered.data_ptr() + piece.start * ordered.element_size()
+        is_bf16 = ordered.dtype == torch.bfloat16
+        codings = {tensor.name: _coding(piece, tensor, data, weight) for tensor in piece.tensors}
+        run = (
+            codings.get(MASTER, NativeCoding(_EXACT, numel, weight, 0, 0)),
+            NativeCoding(_BF16, numel, 0, given, given) if is_bf16 else NativeCoding(_EXACT, numel, given, 0, 0),
+            *(codings[name] for name in _MOMENTS),
+        )
+        keys = [0, 0, *rounding_keys(piece, _MOMENTS, step)]
+        number = piece.resident["step"] + 1
+        options = (*self[:5], float(number), *self[5:])
+        hashes = None if checksum is None else checksum.native
+        ties = _C.adam(run, keys, piece.start, options, torch.get_num_threads(), hashes)
+        piece.resident["step"].copy_(number)
+        piece.ties = torch.frombuffer(bytearray(ties), dtype=torch.int32) if ties else None
+        if checksum is not None:
+            checksum.add([(tensor.offset, tensor.nbytes) for tensor in piece.tensors if tensor.codec == "exact"])
+        if not parameter.is_inference():
+            torch.autograd.graph.increment_version(parameter)  # as any change in place does
+
+
+def _coding(piece: Piece, tensor: StateTensor, data: int, weight: int) -> NativeCoding:
+    numel = piece.stop - piece.start
+    if tensor.codec == "exact":
+        return NativeCoding(_EXACT, numel, data + tensor.offset, 0, 0)
+    first, last = data + tensor.stored[0].offset, data + tensor.stored[-1].offset
+    form = native_format(tensor.codec, tensor.name)
+    if tensor.codec == REMAINDER:
+        return NativeCoding(form, numel, 0, first, weight, *native_ties(piece.ties))
+    return NativeCoding(form, numel, 0, first, last)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_cpu
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is what its memory says: no subclass, which may have none, and no lazy negative."""
+    is_own = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return is_own and tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_neg()
+
+
+def _has_vectors() -> bool:
+    """Whether multiplying and adding is one instruction. Where it is none, torch has no such code, either."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability().startswith("AVX")
