@@ -23,10 +23,12 @@ import itertools
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -162,8 +164,16 @@ def thinned(losses: list[float], points: int) -> list[float]:
 
 
 def deaf() -> None:
-    """A worker's run is not ended by Ctrl-C."""
+    """A worker's run is not ended by Ctrl-C, but with its parent: it would go on to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ namespace {
 
 // Elements of a tile. Four arrays of them stay in the nearest caches, and what is between the loops does not count.
 constexpr std::size_t kTile = 4 * kGranule;
-constexpr std::size_t kHashed = 16 * kTile;  // hashed together, while the second-level cache has them
+constexpr std::size_t kTurn = 16 * kTile;  // what a thread takes; hashed together, while its caches have it
 
 // What of a step is the same for all elements: computed in double and then rounded, as there.
 struct Constants {
@@ -73,10 +73,10 @@ Update update_for(const AdamStep& step) {
   return step.is_maximizing ? for_decay.operator()<true>() : for_decay.operator()<false>();
 }
 
-// One of the run's tensors on one thread: a tile of it, and what has been stored, but not hashed.
+// One of the run's tensors on one thread, tile by tile.
 class Operand {
  public:
-  Operand(const Coding& coding, std::size_t begin) : coding_(coding), hashed_(begin) {}
+  explicit Operand(const Coding& coding) : coding_(coding) {}
 
   float* load(std::size_t begin, std::size_t end) {
     if (coding_.format == Format::kExact) return coding_.values + begin;
@@ -88,33 +88,24 @@ class Operand {
     if (coding_.format != Format::kExact) encode_part(coding_, begin, end, first, tile_.data(), ties);
   }
 
-  // Of what is stored up to `end`. A leaf that lies across is hashed when the rest of it is there.
-  void hash(std::size_t end, LeafHashes& hashes) {
-    if (coding_.format == Format::kExact) return;
-    hashes.add(stored_part(coding_, hashed_, end));
-    const std::size_t less_than_leaf = (LeafHashes::kBytes - 1) / stored_part(coding_, 0, 1).size();
-    hashed_ = std::max(hashed_, end - std::min(end, less_than_leaf));
-  }
-
  private:
   const Coding& coding_;
-  std::size_t hashed_;
   alignas(64) std::array<float, kTile> tile_;
 };
 
 // Elements `begin` to `end` of the run, on this thread.
 void update_part(const AdamRun& run, const Constants& step, Update update, std::size_t begin, std::size_t end,
                  std::uint64_t first, LeafHashes* hashes, std::vector<std::int32_t>& ties) {
-  Operand parameter(run.parameter, begin), gradient(run.gradient, begin);
-  Operand exp_avg(run.exp_avg, begin), exp_avg_sq(run.exp_avg_sq, begin);
-  const std::array stored{&parameter, &exp_avg, &exp_avg_sq};
+  Operand parameter(run.parameter), gradient(run.gradient), exp_avg(run.exp_avg), exp_avg_sq(run.exp_avg_sq);
   for (std::size_t start = begin; start < end; start += kTile) {
     const std::size_t stop = std::min(start + kTile, end);
     update(step, parameter.load(start, stop), gradient.load(start, stop), exp_avg.load(start, stop),
            exp_avg_sq.load(start, stop), stop - start);
-    for (Operand* const operand : stored) operand->store(start, stop, first, ties);
-    if (hashes == nullptr || (stop < end && (stop - begin) % kHashed != 0)) continue;
-    for (Operand* const operand : stored) operand->hash(stop, *hashes);
+    for (Operand* const operand : {&parameter, &exp_avg, &exp_avg_sq}) operand->store(start, stop, first, ties);
+  }
+  if (hashes == nullptr) return;
+  for (const Coding* const coding : {&run.parameter, &run.exp_avg, &run.exp_avg_sq}) {
+    if (coding->format != Format::kExact) hashes->add(stored_part(*coding, begin, end));
   }
 }
 
@@ -127,7 +118,7 @@ std::vector<std::int32_t> adam(const AdamRun& run, const AdamStep& step, std::ui
   std::mutex mutex;
   std::exception_ptr error;
   std::vector<std::int32_t> all_ties;
-  in_parallel(run.parameter.count, threads, [&](std::size_t begin, std::size_t end) {
+  in_turns(run.parameter.count, kTurn, threads, [&](std::size_t begin, std::size_t end) {
     try {
       std::vector<std::int32_t> ties;
       update_part(run, constants, update, begin, end, first, hashes, ties);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 
 namespace offload_opt {
@@ -38,6 +39,26 @@ void in_parallel(std::size_t count, unsigned threads, const Part& part) {
     if (begin < end) run(begin, end);
   };
   on_threads(context.most_parts > 1, work, &context);
+}
+
+// The same in parts of at most `length` elements, which the threads take by turns: where nothing of a part is in a
+// thread's cache yet, and others want the cores, too. The threads are through at nearly the same time then.
+template <typename Part>
+void in_turns(std::size_t count, std::size_t length, unsigned threads, const Part& part) {
+  struct Context {
+    const std::size_t count, length;
+    const Part& part;
+    const std::size_t most_threads;
+    std::atomic<std::size_t> taken{0};
+  } context{count, length, part, std::min<std::size_t>(threads, (count + kGrain - 1) / kGrain)};
+  const auto work = [](void* pointer, unsigned index, unsigned) {
+    auto& [all, most, run, of, taken] = *static_cast<Context*>(pointer);
+    if (index >= std::max<std::size_t>(of, 1)) return;
+    for (std::size_t begin = taken.fetch_add(most); begin < all; begin = taken.fetch_add(most)) {
+      run(begin, std::min(begin + most, all));
+    }
+  };
+  on_threads(context.most_threads > 1, work, &context);
 }
 
 }  // namespace offload_opt
