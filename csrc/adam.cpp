@@ -15,7 +15,9 @@ namespace {
 
 // Elements of a tile. Four arrays of them stay in the nearest caches, and what is between the loops does not count.
 constexpr std::size_t kTile = 4 * kGranule;
-constexpr std::size_t kTurn = 16 * kTile;  // what a thread takes; hashed together, while its caches have it
+// What a thread takes at most. It is hashed as one, while a cache has it; leaves across its ends are hashed later.
+constexpr std::size_t kTurn = 32 * kTile;
+static_assert(kTile % kInt8Block == 0 && kTurn % kTile == 0);  // all parts begin with a block
 
 // What of a step is the same for all elements: computed in double and then rounded, as there.
 struct Constants {
@@ -118,7 +120,7 @@ std::vector<std::int32_t> adam(const AdamRun& run, const AdamStep& step, std::ui
   std::mutex mutex;
   std::exception_ptr error;
   std::vector<std::int32_t> all_ties;
-  in_turns(run.parameter.count, kTurn, threads, [&](std::size_t begin, std::size_t end) {
+  in_turns(run.parameter.count, kTile, kTurn, threads, [&](std::size_t begin, std::size_t end) {
     try {
       std::vector<std::int32_t> ties;
       update_part(run, constants, update, begin, end, first, hashes, ties);

@@ -22,9 +22,9 @@ struct AdamRun {
   Coding parameter, gradient, exp_avg, exp_avg_sq;
 };
 
-// Each element is updated as ATen's fused kernel for CPUs does it in its vector code (FusedAdamKernel.cpp: bit for bit
-// that of 2.13 with AVX2), those among them that its scalar code would round otherwise: what comes out does not depend
-// on threads, nor on how the parameter is cut. `first`, `threads` and `hashes` are as for encode(). Returns the
+// Each element is updated as ATen's fused kernel for CPUs does it in its vector code (FusedAdamKernel.cpp; bit for bit
+// that of 2.13 with AVX2), also the last few, which its scalar code rounds otherwise: what comes out does not depend on
+// how the parameter is cut. `first`, `threads` and `hashes` are as for encode(). Returns the
 // ties of the parameter, where that is a master.
 std::vector<std::int32_t> adam(const AdamRun& run, const AdamStep& step, std::uint64_t first, unsigned threads,
                                LeafHashes* hashes);

@@ -44,7 +44,7 @@ struct Found {
 
 // Neighbours of one length share a loop, on up to `threads` threads, see parallel.h: what is stored does not depend on
 // how many. `first` is the number of the run's first element in its parameter. What is stored in the memory of
-// `hashes`, which may be null, is hashed as soon as it is there.
+// `hashes`, which may be null, is hashed as soon as it is there, as far as it is whole leaves of a thread's part.
 void decode(const std::vector<Coding>& codings, unsigned threads);
 Found encode(const std::vector<Coding>& codings, std::uint64_t first, unsigned threads, LeafHashes* hashes = nullptr);
 

@@ -10,6 +10,8 @@ namespace offload_opt {
 // As few elements as a thread is woken for, the same as in tensor operations; parts begin at multiples of kGranule.
 inline constexpr std::size_t kGrain = std::size_t{1} << 15;
 inline constexpr std::size_t kGranule = std::size_t{1} << 10;
+// As many turns each thread gets of in_turns, where they do not become too long.
+inline constexpr std::size_t kTurns = 8;
 
 // Calls `work(context, index, count)` on as many threads as OpenMP takes, the caller's among them; returns when all
 // have. On the caller's alone where `is_parallel` is false, or the process has no OpenMP runtime.
@@ -41,24 +43,26 @@ void in_parallel(std::size_t count, unsigned threads, const Part& part) {
   on_threads(context.most_parts > 1, work, &context);
 }
 
-// The same in parts of at most `length` elements, which the threads take by turns: where nothing of a part is in a
-// thread's cache yet, and others want the cores, too. The threads are through at nearly the same time then.
+// The same in parts that the threads take by turns, each of whole `unit`s and at most `longest` elements: where nothing
+// of a part is in a thread's cache yet, and others want the cores, too. The threads are through at nearly the same time
+// then.
 template <typename Part>
-void in_turns(std::size_t count, std::size_t length, unsigned threads, const Part& part) {
+void in_turns(std::size_t count, std::size_t unit, std::size_t longest, unsigned threads, const Part& part) {
+  const std::size_t most_threads = std::clamp<std::size_t>((count + kGrain - 1) / kGrain, 1, std::max(threads, 1U));
+  const std::size_t even = (count / (kTurns * most_threads) / unit + 1) * unit;
   struct Context {
-    const std::size_t count, length;
+    const std::size_t count, length, most_threads;
     const Part& part;
-    const std::size_t most_threads;
     std::atomic<std::size_t> taken{0};
-  } context{count, length, part, std::min<std::size_t>(threads, (count + kGrain - 1) / kGrain)};
+  } context{count, std::min(even, longest), most_threads, part};
   const auto work = [](void* pointer, unsigned index, unsigned) {
-    auto& [all, most, run, of, taken] = *static_cast<Context*>(pointer);
-    if (index >= std::max<std::size_t>(of, 1)) return;
-    for (std::size_t begin = taken.fetch_add(most); begin < all; begin = taken.fetch_add(most)) {
-      run(begin, std::min(begin + most, all));
+    auto& [all, length, most, run, taken] = *static_cast<Context*>(pointer);
+    if (index >= most) return;
+    for (std::size_t begin = taken.fetch_add(length); begin < all; begin = taken.fetch_add(length)) {
+      run(begin, std::min(begin + length, all));
     }
   };
-  on_threads(context.most_threads > 1, work, &context);
+  on_threads(most_threads > 1, work, &context);
 }
 
 }  // namespace offload_opt

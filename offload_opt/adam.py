@@ -16,13 +16,14 @@ import torch
 
 from . import _C
 from .checksums import Checksum
-from .codecs import MASTER, REMAINDER, NativeCoding, native_format, native_ties
-from .coding import in_memory_order, rounding_keys
-from .units import Piece, StateTensor, is_dense
+from .codecs import EXACT, MASTER, REMAINDER, NativeCoding, bf16_gradient
+from .coding import in_memory_order, native_coding_of, rounding_keys
+from .inner import InnerOptimizer, step_below_hooks
+from .units import CodedRun, Piece, StateTensor, is_dense
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_EXACT = 4  # csrc/coding.h's Format
-_BF16 = native_format("bf16", "gradient")
+# As torch has them: where somebody has put another in place, that is to run.
+_STEPS: dict[Any, Any] = {kind: step_below_hooks(kind) for kind in (torch.optim.Adam, torch.optim.AdamW)}
 
 
 class NativeAdam(NamedTuple):
@@ -37,11 +38,12 @@ class NativeAdam(NamedTuple):
     is_maximizing: bool
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> NativeAdam | None:
+    def of(cls, inner: InnerOptimizer, group: Mapping[str, Any]) -> NativeAdam | None:
         """Of a group for which the native loop does what the optimizer would do by itself; None of others."""
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not group["fused"]:
+        optimizer = inner.optimizer
+        if inner.step_function is not _STEPS.get(type(optimizer)) or "_init_group" in vars(optimizer):
             return None
-        if group["amsgrad"] or group["capturable"] or group["differentiable"]:
+        if not group["fused"] or any(group[name] for name in ("amsgrad", "capturable", "differentiable", "foreach")):
             return None
         if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
             return None
@@ -51,7 +53,9 @@ class NativeAdam(NamedTuple):
         lr, beta1, beta2, eps, weight_decay = map(float, numbers)
         if not 0 <= beta2 <= 1:  # the second moment might fall below zero
             return None
-        is_decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        is_decoupled = isinstance(optimizer, torch.optim.AdamW)
+        if "decoupled_weight_decay" in optimizer.defaults:  # an Adam without it ignores a group's
+            is_decoupled = group["decoupled_weight_decay"]
         return cls(lr, beta1, beta2, eps, weight_decay, bool(is_decoupled), bool(group["maximize"]))
 
     def takes(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
@@ -90,8 +94,8 @@ class NativeAdam(NamedTuple):
         is_bf16 = ordered.dtype == torch.bfloat16
         codings = {tensor.name: _coding(piece, tensor, data, weight) for tensor in piece.tensors}
         run = (
-            codings.get(MASTER, NativeCoding(_EXACT, numel, weight, 0, 0)),
-            NativeCoding(_BF16, numel, 0, given, given) if is_bf16 else NativeCoding(_EXACT, numel, given, 0, 0),
+            codings.get(MASTER, NativeCoding(EXACT, numel, weight, 0, 0)),
+            bf16_gradient(numel, 0, given) if is_bf16 else NativeCoding(EXACT, numel, given, 0, 0),
             *(codings[name] for name in _MOMENTS),
         )
         keys = [0, 0, *rounding_keys(piece, _MOMENTS, step)]
@@ -108,14 +112,9 @@ class NativeAdam(NamedTuple):
 
 
 def _coding(piece: Piece, tensor: StateTensor, data: int, weight: int) -> NativeCoding:
-    numel = piece.stop - piece.start
     if tensor.codec == "exact":
-        return NativeCoding(_EXACT, numel, data + tensor.offset, 0, 0)
-    first, last = data + tensor.stored[0].offset, data + tensor.stored[-1].offset
-    form = native_format(tensor.codec, tensor.name)
-    if tensor.codec == REMAINDER:
-        return NativeCoding(form, numel, 0, first, weight, *native_ties(piece.ties))
-    return NativeCoding(form, numel, 0, first, last)
+        return NativeCoding(EXACT, piece.stop - piece.start, data + tensor.offset, 0, 0)
+    return native_coding_of(piece, CodedRun(tensor, tensor.stored), 0, data, piece.start, weight)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -170,8 +170,9 @@ class Coding:
 class NativeCoding(NamedTuple):
     """A Coding on the CPU by addresses, as csrc/bindings.cpp takes it. Nothing is checked, and no memory is held.
 
-    For an update, which has planned where everything lies, and needs several for each of its many chunks. ``beside``
-    is where the last of the stored parts lies, or a master's weight.
+    For an update, which has planned where everything lies, and needs many. ``beside`` is where the last of the stored
+    parts lies, or a master's weight. adam.py has values of its own, at no address here, and the ``EXACT`` ones, which
+    are stored as they are.
     """
 
     format: int
@@ -288,6 +289,11 @@ def native_format(kind: str, state_name: str) -> int:
     return _FORMATS[codec]
 
 
+def bf16_gradient(numel: int, values: int, address: int) -> NativeCoding:
+    """A gradient's bf16 numbers at ``address``, which are decoded as state is."""
+    return NativeCoding(_FORMATS[Bf16()], numel, values, address, address)
+
+
 @functools.lru_cache(maxsize=1024)  # of the parameters of the units that are under way
 def rounding_key(step: int, parameter: int, state_name: str) -> int:
     """The ``key`` of ``encode``: 64 bits that differ between steps, parameters and state tensors, and never change."""
@@ -296,6 +302,7 @@ def rounding_key(step: int, parameter: int, state_name: str) -> int:
 
 
 # The numbers of csrc/coding.h's Format.
+EXACT = 4
 _FORMATS: dict[StateCodec, int] = {Bf16(): 0, Int8(is_signed=True): 1, Int8(is_signed=False): 2, Master(): 3}
 
 

@@ -56,15 +56,18 @@ def settled(group: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def step_below_hooks(optimizer_class: type[torch.optim.Optimizer]) -> Any:
+    """The step below torch's profiling wrapper, which would run the global step hooks once for every unit."""
+    return inspect.unwrap(optimizer_class.step, stop=lambda f: not getattr(f, "hooked", False))
+
+
 class InnerOptimizer:
     """The wrapped optimizer: its groups are lent to it a few parameters at a time."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.paging = _find_paging(type(optimizer))
-        step = type(optimizer).step
-        # The step below torch's profiling wrapper, which would run the global step hooks once for every unit.
-        self._step = inspect.unwrap(step, stop=lambda f: not getattr(f, "hooked", False))
+        self.step_function = step_below_hooks(type(optimizer))
 
     @property
     def name(self) -> str:
@@ -76,7 +79,7 @@ class InnerOptimizer:
         own_groups, own_state = optimizer.param_groups, optimizer.state
         optimizer.param_groups, optimizer.state = groups, state
         try:
-            self._step(optimizer)
+            self.step_function(optimizer)
         finally:
             optimizer.param_groups, optimizer.state = own_groups, own_state
 

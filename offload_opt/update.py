@@ -2,7 +2,7 @@
 
 Exact state, and a master that is stored whole, the inner optimizer updates in place: it sees views of the page-locked
 buffer. What has a codec is decoded before and encoded after, a chunk at a time, in memory that stays in the processor's
-cache and is used again for the next chunks.
+cache and is used again for the next chunks; adam.py does it for Adam all at once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ import torch
 
 from .adam import NativeAdam
 from .checksums import Checksum
-from .codecs import MASTER, NativeCoding, decode, decode_native, native_format
+from .codecs import MASTER, NativeCoding, bf16_gradient, decode, decode_native
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
 from .errors import OffloadError
 from .heap import HeapTrim
 from .inner import InnerOptimizer, settled
 from .units import Chunk, Piece, SwapUnit, is_dense
-
-_BF16 = native_format("bf16", "gradient")
 
 Key = tuple[int, int]
 """A parameter by its place: group, and position in the group. Frameworks replace parameters, but keep their places."""
@@ -147,7 +145,7 @@ class UnitUpdate:
         self._scratch = scratch
         self._heap = heap
         self._groups = [settled(group) for group in groups]
-        self._native = [NativeAdam.of(inner.optimizer, group) for group in groups]
+        self._native = [NativeAdam.of(inner, group) for group in groups]
         self._groups_after: dict[int, dict[str, Any]] = {}
         # How often each group lists a parameter, by id: torch steps it that often.
         self._listed = [Counter(map(id, group["params"])) for group in groups]
@@ -158,8 +156,8 @@ class UnitUpdate:
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
         with self._heap.watched():
-            pieces = [piece for piece in unit.pieces if not self._is_updated_natively(piece, work, checksum)]
-            batches = self._batches(pieces, unit.device, work)
+            rest = [piece for piece in unit.pieces if not self._try_native(piece, work, checksum)]
+            batches = self._batches(rest, unit.device, work)
             while batches:  # each is given up when it is done: it has what the optimizer made
                 self._update_batch(batches.popleft(), checksum if on_cpu else None)
         if not on_cpu:
@@ -198,8 +196,8 @@ class UnitUpdate:
                 if self._groups[index].get(name) is not value:
                     groups[index][name] = value
 
-    def _is_updated_natively(self, piece: Piece, data: torch.Tensor, checksum: Checksum | None) -> bool:
-        """Update a piece by the native loop, where that can do it; ``data`` is its unit's bytes."""
+    def _try_native(self, piece: Piece, data: torch.Tensor, checksum: Checksum | None) -> bool:
+        """Update a piece by the native loop, and return whether that could; ``data`` is its unit's bytes."""
         native = self._native[piece.key[0]]
         if native is None or not _by_address(data):
             return False
@@ -307,7 +305,7 @@ class UnitUpdate:
         opened, values = loaded.opened, space.values
         if opened.bf16_gradient:
             address = opened.bf16_gradient + 2 * loaded.chunk.begin
-            loaded.cast = NativeCoding(_BF16, len(values), space.address, address, address)
+            loaded.cast = bf16_gradient(len(values), space.address, address)
             # Detached: an optimizer may put other memory into a gradient, and this one is kept.
             return values.detach()
         own = loaded.run_of(opened.parameter)

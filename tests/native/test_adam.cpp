@@ -93,7 +93,7 @@ void update_both_ways(std::mt19937_64& random, std::size_t count) {
   }
 
   LeafHashes hashes(tiled.codes[0].get(), count);
-  const auto tiled_ties = adam(tiled.run(nullptr, ties), step, first, 1 + count % 4, &hashes);
+  const auto tiled_ties = adam(tiled.run(nullptr, ties), step, first, 4, &hashes);
 
   const auto values = exactly<float>(4 * count);
   const AdamRun run = whole.run(values.get(), ties);

@@ -13,7 +13,7 @@ PACKAGE = "offload_opt"
 # From the bottom up. Within a layer, too, a module imports only those before it.
 LAYERS = [
     ["errors", "config", "trace", "drives"],
-    ["checksums", "reference", "codecs", "units", "coding", "adam", "planner", "inner"],
+    ["checksums", "reference", "codecs", "units", "coding", "planner", "inner", "adam"],
     ["aio", "heap", "buffers", "folders", "manifest", "unit_file", "snapshots", "state_file"],
     ["slots", "commit", "store", "bandwidth", "tuning"],
     ["swap_manager"],
