@@ -24,8 +24,8 @@ struct AdamRun {
 
 // Each element is updated as ATen's fused kernel for CPUs does it in its vector code (FusedAdamKernel.cpp; bit for bit
 // that of 2.13 with AVX2), also the last few, which its scalar code rounds otherwise: what comes out does not depend on
-// how the parameter is cut. `first`, `threads` and `hashes` are as for encode(). Returns the ties of the parameter, where
-// that is a master.
+// how the parameter is cut. `first`, `threads` and `hashes` are as for encode(). Returns the ties of the parameter,
+// where that is a master.
 std::vector<std::int32_t> adam(const AdamRun& run, const AdamStep& step, std::uint64_t first, unsigned threads,
                                LeafHashes* hashes);
 
