@@ -357,6 +357,27 @@ void exclude_from_fork(std::uintptr_t data, std::size_t size) {
 #endif
 }
 
+// Makes glibc's malloc serve temporary tensors of up to `size` bytes, of this thread, from memory that it has.
+void settle_heap(std::size_t size) {
+#ifdef __GLIBC__
+  // A block that was mapped and is freed raises the size from which blocks are mapped, and how much of its top the heap
+  // keeps (M_MMAP_THRESHOLD in mallopt(3)): no temporary is then mapped, or has its pages taken when it is freed.
+  void* volatile block = std::malloc(size);
+  std::free(block);
+  // memalign() frees what it cuts off for the alignment, up to some 100 bytes. If this thread's cache takes that, it is
+  // not joined to its neighbours, and the hole that the tensor leaves does not fit the next one. So the cache is
+  // filled.
+  constexpr std::size_t kLargest = 104, kSpacing = 16, kCached = 7;  // bytes, bytes, blocks of a size
+  for (std::size_t small = kSpacing + 8; small <= kLargest; small += kSpacing) {
+    void* volatile blocks[kCached];
+    for (auto& each : blocks) each = std::malloc(small);
+    for (auto& each : blocks) std::free(each);
+  }
+#else
+  (void)size;
+#endif
+}
+
 // Gives the pages of freed memory back to the system, where the allocator can.
 void trim_heap() {
 #ifdef __GLIBC__
@@ -434,6 +455,7 @@ PYBIND11_MODULE(_C, module) {
   ::pthread_atfork(nullptr, nullptr, &WithoutGil::forget_threads);
   module.def("prepare_to_exit", &WithoutGil::prepare_to_exit);
   module.def("page_size", &page_size);
+  module.def("settle_heap", &settle_heap, py::arg("size"));
   module.def("trim_heap", &trim_heap);
   module.def("exclude_from_fork", &exclude_from_fork, py::arg("data"), py::arg("size"));
 }

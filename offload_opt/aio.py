@@ -355,6 +355,14 @@ def _is_direct(folder: str | os.PathLike[str]) -> tuple[bool, str]:
     return bool(alignment), f"it is asynchronous with direct I/O only, and {os.fspath(folder)} has none: {why_not}"
 
 
+def settle_heap(size: int) -> None:
+    """Have the allocator, where it is glibc's, use memory again for temporary tensors of up to ``size`` bytes.
+
+    It is about those that this thread takes and frees next. Microseconds; nothing is taken for good.
+    """
+    _C.settle_heap(size)
+
+
 def trim_heap() -> None:
     """Give the pages of freed memory back to the system, where the allocator can. Milliseconds."""
     _C.trim_heap()

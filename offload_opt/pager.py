@@ -22,7 +22,7 @@ from .codecs import MASTER, REMAINDER
 from .coding import coding_of, decode_run, encode_run, flat, in_memory_order, rounding_keys
 from .config import OffloadConfig
 from .errors import OffloadError
-from .heap import HeapTrim
+from .heap import Heap
 from .inner import InnerOptimizer
 from .parameters import ParameterState, check_as_planned, parameters_of, plan_parameters, resident_from
 from .state_file import WholeTensor
@@ -63,7 +63,7 @@ class ParameterPager:
         self._manager = manager
         self._config = config
         self._scratch = Scratch()
-        self._heap = HeapTrim()
+        self._heap = Heap(inner.batch_elements(torch.device("cpu")) * torch.float32.itemsize)
         self.entries: dict[Key, Entry] = {}
         self.epoch = 0
         """Steps that the state has been through, over all runs. By it stored values are rounded."""

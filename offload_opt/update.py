@@ -21,7 +21,7 @@ from .checksums import Checksum
 from .codecs import MASTER, NativeCoding, bf16_gradient, decode, decode_native
 from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
 from .errors import OffloadError
-from .heap import HeapTrim
+from .heap import Heap
 from .inner import InnerOptimizer, settled
 from .units import Chunk, Piece, SwapUnit, is_dense
 
@@ -138,7 +138,7 @@ class UnitUpdate:
     """
 
     def __init__(
-        self, inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], step: int, scratch: Scratch, heap: HeapTrim
+        self, inner: InnerOptimizer, groups: Sequence[Mapping[str, Any]], step: int, scratch: Scratch, heap: Heap
     ) -> None:
         self._inner = inner
         self._step = step
