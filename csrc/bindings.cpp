@@ -357,20 +357,22 @@ void exclude_from_fork(std::uintptr_t data, std::size_t size) {
 #endif
 }
 
-// Makes glibc's malloc serve temporary tensors of up to `size` bytes, of this thread, from memory that it has.
+// Makes glibc's malloc serve temporary tensors from memory that it has; `size` is as much as it may well keep for them.
 void settle_heap(std::size_t size) {
 #ifdef __GLIBC__
-  // A block that was mapped and is freed raises the size from which blocks are mapped, and how much of its top the heap
-  // keeps (M_MMAP_THRESHOLD in mallopt(3)): no temporary is then mapped, or has its pages taken when it is freed.
-  void* volatile block = std::malloc(size);
+  // A block that was mapped and is freed raises the size from which blocks are mapped to its own, and what the heap
+  // keeps of its top to twice that (M_MMAP_THRESHOLD in mallopt(3)): no temporary is then mapped, or has its pages
+  // taken when it is freed. Blocks above a limit do nothing of the kind; the rest is for malloc's own rounding.
+  constexpr std::size_t kLimit = 4 * 1024 * 1024 * sizeof(long), kRounding = 64 * 1024;
+  void* volatile block = std::malloc(std::min(size, kLimit - kRounding));
   std::free(block);
-  // memalign() frees what it cuts off for the alignment, up to some 100 bytes. If this thread's cache takes that, it is
-  // not joined to its neighbours, and the hole that the tensor leaves does not fit the next one. So the cache is
-  // filled.
-  constexpr std::size_t kLargest = 104, kSpacing = 16, kCached = 7;  // bytes, bytes, blocks of a size
-  for (std::size_t small = kSpacing + 8; small <= kLargest; small += kSpacing) {
+  // Before glibc 2.39, memalign() frees what it cuts off for an alignment of 64, chunks of 32 to 112 bytes, into
+  // the thread's cache, where it is not joined to its neighbours; the hole that the tensor leaves then does not fit the
+  // next one. With that cache full they go where the next large block joins them.
+  constexpr std::size_t kHeader = 8, kSmallest = 32, kLargest = 112, kSpacing = 16, kCached = 7;
+  for (std::size_t chunk = kSmallest; chunk <= kLargest; chunk += kSpacing) {
     void* volatile blocks[kCached];
-    for (auto& each : blocks) each = std::malloc(small);
+    for (auto& each : blocks) each = std::malloc(chunk - kHeader);
     for (auto& each : blocks) std::free(each);
   }
 #else

@@ -356,9 +356,11 @@ def _is_direct(folder: str | os.PathLike[str]) -> tuple[bool, str]:
 
 
 def settle_heap(size: int) -> None:
-    """Have the allocator, where it is glibc's, use memory again for temporary tensors of up to ``size`` bytes.
+    """Have the allocator, where it is glibc's, use memory again for the temporary tensors that this thread takes next.
 
-    It is about those that this thread takes and frees next. Microseconds; nothing is taken for good.
+    Blocks of up to ``size`` bytes are then no longer mapped, and up to twice as much that is free stays the process's,
+    for good, as after any block of that size (``M_MMAP_THRESHOLD`` in mallopt(3)). Nothing is done where these bounds
+    are higher already, or were set. Microseconds.
     """
     _C.settle_heap(size)
 

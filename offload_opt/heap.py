@@ -9,39 +9,42 @@ from contextlib import contextmanager
 
 from .aio import settle_heap, trim_heap
 
-_GROWTH = 8 << 20  # bytes
+_GROWTH = 8 << 20  # bytes; less costs more page faults
 
 
 class Heap:
-    """Keeps the temporary tensors of updates, of up to ``largest`` bytes, in the same few MiB of malloc's heap.
+    """Keeps the temporary tensors of updates, usually of up to ``largest`` bytes, in the same few MiB of malloc's heap.
 
     By itself glibc's malloc does either of two things with them, by what the process happened to free before. It gives
     their pages back each time, and a step takes up to three times as long. Or it finds no hole of those before them
     large enough, for the bytes that it cut off for their alignment, and they wander over fresh memory, by 100 MiB and
     more. (Measured with glibc 2.36 and torch's AdamW that is not fused.) So it is settled before an update, and what
-    grows all the same is trimmed. What the process frees and takes between updates is not looked at.
+    grows all the same is trimmed: all that the process has freed, so this is to be rare.
     """
 
     def __init__(self, largest: int) -> None:
-        self._largest = largest
-        self._grown = 0
-        self._is_trimmed = True
+        self._kept = 4 * largest  # of what is free twice that: a few temporaries, with holes between them
+        self._enough = max(_GROWTH, 4 * largest)
+        self._trimmed = -2 * largest  # what the temporaries take when they take their pages again is no growth
+        self._grown = self._trimmed
+        self._after = 0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Settles the heap for what is done under it, counts what that makes it grow, and trims it. An error passes."""
-        settle_heap(4 * self._largest)
+        """Settles the heap, then adds up by how much the process grew, and trims the heap where that is too much.
+
+        What was freed since the time before is taken off. After an exception nothing is counted.
+        """
+        settle_heap(self._kept)
         before = _anonymous_bytes()
         yield
         after = _anonymous_bytes()
-        if self._is_trimmed:  # the temporaries take their pages again, which is no growth
-            self._is_trimmed = False
-            return
-        self._grown = max(0, self._grown + after - before)
-        if self._grown > _GROWTH:
+        freed = max(0, self._after - before)
+        self._grown = max(self._trimmed, self._grown - freed + after - before)
+        self._after = after
+        if self._grown > self._enough:
             trim_heap()
-            self._grown = 0
-            self._is_trimmed = True
+            self._grown = self._trimmed
 
 
 def _anonymous_bytes() -> int:

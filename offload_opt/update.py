@@ -7,6 +7,7 @@ cache and is used again for the next chunks; adam.py does it for Adam all at onc
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -155,7 +156,7 @@ class UnitUpdate:
         """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        with self._heap.watched():
+        with self._heap.watched() if on_cpu else contextlib.nullcontext():
             rest = [piece for piece in unit.pieces if not self._try_native(piece, work, checksum)]
             batches = self._batches(rest, unit.device, work)
             while batches:  # each is given up when it is done: it has what the optimizer made
