@@ -147,6 +147,7 @@ class UnitUpdate:
         self._heap = heap
         self._groups = [settled(group) for group in groups]
         self._native = [NativeAdam.of(inner, group) for group in groups]
+        self._has_temporaries = not all(group.get("fused") for group in groups)  # of some MiB: fused kernels have none
         self._groups_after: dict[int, dict[str, Any]] = {}
         # How often each group lists a parameter, by id: torch steps it that often.
         self._listed = [Counter(map(id, group["params"])) for group in groups]
@@ -156,7 +157,8 @@ class UnitUpdate:
         """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         on_cpu = unit.device.type == "cpu"
         work = data if on_cpu else data[: unit.nbytes].to(unit.device)
-        with self._heap.watched() if on_cpu else contextlib.nullcontext():
+        watched = self._heap.watched(has_temporaries=self._has_temporaries) if on_cpu else contextlib.nullcontext()
+        with watched:
             rest = [piece for piece in unit.pieces if not self._try_native(piece, work, checksum)]
             batches = self._batches(rest, unit.device, work)
             while batches:  # each is given up when it is done: it has what the optimizer made
