@@ -111,7 +111,26 @@ void update_part(const AdamRun& run, const Constants& step, Update update, std::
   }
 }
 
+template <typename T>
+void move(T*& pointer, std::uintptr_t by) {
+  pointer = reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(pointer) + by);
+}
+
 }  // namespace
+
+AdamRun AdamRun::in_unit(std::uintptr_t data) const {
+  AdamRun moved = *this;
+  if (parameter.format == Format::kMaster) move(moved.parameter.stored, data);
+  for (Coding* const moment : {&moved.exp_avg, &moved.exp_avg_sq}) {
+    if (moment->format == Format::kExact) {
+      move(moment->values, data);
+    } else {
+      move(moment->stored, data);
+      move(moment->beside, data);
+    }
+  }
+  return moved;
+}
 
 std::vector<std::int32_t> adam(const AdamRun& run, const AdamStep& step, std::uint64_t first, unsigned threads,
                                LeafHashes* hashes) {

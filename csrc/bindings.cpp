@@ -289,6 +289,39 @@ py::bytes bytes_of(const std::vector<std::int32_t>& numbers) {
   return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(std::int32_t)};
 }
 
+// An update that is ready but for where its unit's bytes lie. What it takes to make one, in Python and here, is done
+// before: after another unit's update nothing of it is in a cache.
+class AdamUpdate {
+ public:
+  using Options = std::tuple<double, double, double, double, double, bool, bool>;  // AdamStep's
+
+  // In `tuples`, as coding_of() takes them, state is as AdamRun::in_unit() has it. `steps_taken` is counted up.
+  AdamUpdate(const py::sequence& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first,
+             const Options& options, float* steps_taken)
+      : step_(std::apply([](auto... values) { return AdamStep{values...}; }, options)),
+        first_(first),
+        steps_taken_(steps_taken) {
+    std::vector<Coding> codings = codings_of(tuples);
+    for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
+    run_ = {codings.at(0), codings.at(1), codings.at(2), codings.at(3)};
+  }
+
+  // Once.
+  py::bytes run(std::uintptr_t data, unsigned threads, LeafHashes* hashes) {
+    const float step = *steps_taken_ + 1;
+    step_.step = step;
+    const auto ties = without_gil([&] { return adam(run_.in_unit(data), step_, first_, threads, hashes); });
+    *steps_taken_ = step;
+    return bytes_of(ties);
+  }
+
+ private:
+  AdamRun run_;
+  AdamStep step_;
+  const std::uint64_t first_;
+  float* const steps_taken_;
+};
+
 // Whoever calls vouches for addresses and lengths.
 void bind_codings(py::module_& module) {
   module.def(
@@ -308,18 +341,14 @@ void bind_codings(py::module_& module) {
         return py::make_tuple(found.coding, found.negative, bytes_of(found.ties));
       },
       py::arg("codings"), py::arg("keys"), py::arg("first"), py::arg("threads"), py::arg("hashes"));
-  module.def(
-      "adam",
-      [](const py::sequence& tuples, const std::vector<std::uint64_t>& keys, std::uint64_t first,
-         const std::tuple<double, double, double, double, double, double, bool, bool>& options, unsigned threads,
-         LeafHashes* hashes) {
-        std::vector<Coding> codings = codings_of(tuples);
-        for (std::size_t i = 0; i < codings.size(); ++i) codings[i].key = keys.at(i);
-        const AdamRun run{codings.at(0), codings.at(1), codings.at(2), codings.at(3)};
-        const AdamStep step = std::apply([](auto... values) { return AdamStep{values...}; }, options);
-        return bytes_of(without_gil([&] { return adam(run, step, first, threads, hashes); }));
-      },
-      py::arg("codings"), py::arg("keys"), py::arg("first"), py::arg("options"), py::arg("threads"), py::arg("hashes"));
+  py::class_<AdamUpdate>(module, "AdamUpdate")
+      .def(py::init([](const py::sequence& codings, const std::vector<std::uint64_t>& keys, std::uint64_t first,
+                       const AdamUpdate::Options& options, std::uintptr_t steps_taken) {
+             auto* const steps = reinterpret_cast<float*>(steps_taken);
+             return std::make_unique<AdamUpdate>(codings, keys, first, options, steps);
+           }),
+           py::arg("codings"), py::arg("keys"), py::arg("first"), py::arg("options"), py::arg("steps_taken"))
+      .def("run", &AdamUpdate::run, py::arg("data"), py::arg("threads"), py::arg("hashes"));
   module.def("thread_count", &thread_count, py::arg("threads"));
 }
 

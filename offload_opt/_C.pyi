@@ -75,11 +75,14 @@ def encode(
     hashes: LeafHashes | None,
 ) -> tuple[int, int, bytes]: ...
 def thread_count(threads: int) -> int: ...
-def adam(
-    codings: Sequence[tuple[int, int, int, int, int, int, int, int]],
-    keys: Sequence[int],
-    first: int,
-    options: tuple[float, float, float, float, float, float, bool, bool],
-    threads: int,
-    hashes: LeafHashes | None,
-) -> bytes: ...
+
+class AdamUpdate:
+    def __init__(
+        self,
+        codings: Sequence[tuple[int, int, int, int, int, int, int, int]],
+        keys: Sequence[int],
+        first: int,
+        options: tuple[float, float, float, float, float, bool, bool],
+        steps_taken: int,
+    ) -> None: ...
+    def run(self, data: int, threads: int, hashes: LeafHashes | None) -> bytes: ...

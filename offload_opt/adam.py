@@ -59,7 +59,7 @@ class NativeAdam(NamedTuple):
         return cls(lr, beta1, beta2, eps, weight_decay, bool(is_decoupled), bool(group["maximize"]))
 
     def takes(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
-        """Whether ``update`` can do it: the piece has state, rounded by a codec, and all is as Adam makes it."""
+        """Whether ``prepare`` can do it: the piece has state, rounded by a codec, and all is as Adam makes it."""
         tensors = {tensor.name: tensor for tensor in piece.tensors}
         master = tensors.pop(MASTER, None)
         is_coded = tuple(tensors) == _MOMENTS and any(tensor.codec != "exact" for tensor in tensors.values())
@@ -69,6 +69,7 @@ class NativeAdam(NamedTuple):
             and piece.resident is not None
             and piece.resident.keys() == {"step"}
             and _is_scalar(piece.resident["step"])
+            and piece.resident["step"].dtype == torch.float32
             and (parameter.dtype == torch.float32 if master is None else master.codec == REMAINDER)
             and _is_plain(parameter)
             and is_dense(parameter.shape, parameter.stride())
@@ -76,45 +77,52 @@ class NativeAdam(NamedTuple):
             and gradient.dtype == parameter.dtype
         )
 
-    def update(
-        self,
-        piece: Piece,
-        parameter: torch.Tensor,
-        gradient: torch.Tensor,
-        data: int,
-        step: int,
-        checksum: Checksum | None,
-    ) -> None:
-        """Update a piece that it ``takes``, whose unit's bytes begin at ``data``, in the optimizer's ``step``."""
+    def prepare(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor, step: int) -> NativeUpdate:
+        """The update of a piece that it ``takes``, in the optimizer's ``step``. It is to be run before the next."""
         assert piece.resident is not None
         numel = piece.stop - piece.start
         weight = parameter.data_ptr() + piece.start * parameter.element_size()
-        ordered = in_memory_order(gradient, parameter)  # to be kept: it may be a copy
+        ordered = in_memory_order(gradient, parameter)
         given = ordered.data_ptr() + piece.start * ordered.element_size()
         is_bf16 = ordered.dtype == torch.bfloat16
-        codings = {tensor.name: _coding(piece, tensor, data, weight) for tensor in piece.tensors}
+        codings = {tensor.name: _coding(piece, tensor, weight) for tensor in piece.tensors}
         run = (
             codings.get(MASTER, NativeCoding(EXACT, numel, weight, 0, 0)),
             bf16_gradient(numel, 0, given) if is_bf16 else NativeCoding(EXACT, numel, given, 0, 0),
             *(codings[name] for name in _MOMENTS),
         )
         keys = [0, 0, *rounding_keys(piece, _MOMENTS, step)]
-        number = piece.resident["step"] + 1
-        options = (*self[:5], float(number), *self[5:])
-        hashes = None if checksum is None else checksum.native
-        ties = _C.adam(run, keys, piece.start, options, torch.get_num_threads(), hashes)
-        piece.resident["step"].copy_(number)
-        piece.ties = torch.frombuffer(bytearray(ties), dtype=torch.int32) if ties else None
-        if checksum is not None:
-            checksum.add([(tensor.offset, tensor.nbytes) for tensor in piece.tensors if tensor.codec == "exact"])
+        steps_taken = piece.resident["step"]
+        update = _C.AdamUpdate(run, keys, piece.start, self, steps_taken.data_ptr())
+        exact = [(tensor.offset, tensor.nbytes) for tensor in piece.tensors if tensor.codec == "exact"]
         if not parameter.is_inference():
             torch.autograd.graph.increment_version(parameter)  # as any change in place does
+        return NativeUpdate(update, piece, exact, (ordered, steps_taken, piece.ties))
 
 
-def _coding(piece: Piece, tensor: StateTensor, data: int, weight: int) -> NativeCoding:
+class NativeUpdate(NamedTuple):
+    """The update of a piece, ready but for where its unit's bytes are: see AdamUpdate in csrc/bindings.cpp."""
+
+    update: _C.AdamUpdate
+    piece: Piece
+    exact: list[tuple[int, int]]
+    """What is stored as it is: the first byte of each in the unit, and how many."""
+    kept: tuple[torch.Tensor | None, ...]
+    """What ``update`` has the addresses of."""
+
+    def run(self, data: int, checksum: Checksum | None) -> None:
+        """Do it, once: ``data`` is where the unit's bytes begin. What is stored is added to ``checksum``."""
+        ties = self.update.run(data, torch.get_num_threads(), None if checksum is None else checksum.native)
+        self.piece.ties = torch.frombuffer(bytearray(ties), dtype=torch.int32) if ties else None
+        if checksum is not None:
+            checksum.add(self.exact)
+
+
+def _coding(piece: Piece, tensor: StateTensor, weight: int) -> NativeCoding:
+    """What is in the unit is given by where in it."""
     if tensor.codec == "exact":
-        return NativeCoding(EXACT, piece.stop - piece.start, data + tensor.offset, 0, 0)
-    return native_coding_of(piece, CodedRun(tensor, tensor.stored), 0, data, piece.start, weight)
+        return NativeCoding(EXACT, piece.stop - piece.start, tensor.offset, 0, 0)
+    return native_coding_of(piece, CodedRun(tensor, tensor.stored), 0, 0, piece.start, weight)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -126,8 +126,10 @@ class ParameterPager:
                     del self.entries[key]
                 else:
                     self.entries[key].resident = dict(state)
-            units = {unit: None for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
-            self._manager.walk(units, update.update)
+            units = {unit for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
+            in_order = sorted(units, key=lambda unit: unit.index)
+            update.expect(in_order)
+            self._manager.walk(in_order, update.update)
             update.finish(groups)
             self.epoch += 1
 

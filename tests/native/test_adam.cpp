@@ -85,7 +85,7 @@ void update_both_ways(std::mt19937_64& random, std::size_t count) {
   const Stored tiled(random, count);
   Stored whole(count);
   tiled.copy_to(whole);
-  const AdamStep step{0.01, 0.9, 0.999, 1e-8, 0.1, 3, count % 2 == 0, count % 3 == 0};
+  const AdamStep step{0.01, 0.9, 0.999, 1e-8, 0.1, count % 2 == 0, count % 3 == 0, 3};
   const std::uint64_t first = random() >> 1;
   std::vector<std::int32_t> ties;
   for (std::size_t i = 0; i < count; i += 3) {

@@ -65,6 +65,30 @@ def test_temporary_tensors_use_memory_again(tmp_path: Path) -> None:
     assert faulted < temporaries, "less in four steps than in one"
 
 
+def test_copies_of_gradients_are_not_made_ahead(tmp_path: Path) -> None:
+    """Units are prepared several at a time: but what is laid out otherwise than its parameter is copied for that."""
+    code = """
+        import re, sys
+        import torch, offload_opt
+        def status(name):
+            return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+        parameters = [torch.nn.Parameter(torch.zeros(1024, 1026, dtype=torch.bfloat16)) for _ in range(32)]
+        for parameter in parameters:
+            parameter.grad = torch.ones(1026, 1024, dtype=torch.bfloat16).t()
+        fields = {"host_memory": "256MiB", "unit_size": "5MiB", "state_dtype": "int8", "master_weights": True}
+        adamw = torch.optim.AdamW(parameters, fused=True)
+        with offload_opt.OffloadOptimizer(adamw, sys.argv[1], **fields) as optimizer:
+            for _ in range(2):
+                optimizer.step()
+            before = status("VmRSS")
+            open("/proc/self/clear_refs", "w").write("5")
+            optimizer.step()
+            print(status("VmHWM") - before)
+    """
+    grown = int(scripts.run_well(code, tmp_path).stdout)
+    assert grown < 12 << 10, "KiB; the copies of 16 units are 32 MiB"
+
+
 INFO = """
 import ctypes
 class Info(ctypes.Structure):  # mallinfo(3)
