@@ -108,7 +108,7 @@ class OffloadConfig:
     host_memory: int | str = "2GiB"
     """Bounds the page-locked host memory that optimizer state takes. More of it lets reads run further ahead."""
     unit_size: int | str | None = None
-    """Bytes of state that are paged together. None chooses by host_memory: an eighth of it up to 8 MiB, a 16th up to 16
+    """Bytes of state that are paged together. None chooses by host_memory: an eighth of it up to 8 MiB, a 32nd up to 16
     MiB, or a 256th."""
     state_dtype: str | Mapping[str, str] = "exact"
     """How fp32 state is stored: ``"exact"``; ``"bf16"``, rounded at random, 2 bytes each; ``"int8"``, a byte each and

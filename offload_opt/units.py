@@ -344,7 +344,7 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
     Args:
         parameters: What is to be paged.
         host_memory: Bytes that the ring of buffers may take.
-        unit_size: Bytes of a unit, or None for an eighth of ``host_memory`` up to 8 MiB and a 16th up to 16 MiB, and
+        unit_size: Bytes of a unit, or None for an eighth of ``host_memory`` up to 8 MiB and a 32nd up to 16 MiB, and
             at least the largest state that cannot be cut and a 256th of ``host_memory``. (A step begins with an update
             and ends with one, while the drive waits: the more units there are, the shorter. But each costs calls and
             a file.)
@@ -361,7 +361,7 @@ def check_memory(parameters: Sequence[ParameterPlan], host_memory: int, unit_siz
         )
     largest_unit = host_memory // RING_DEPTH // PAGE * PAGE
     if unit_size is None:
-        suited = min(max(host_memory // 16, min(host_memory // 8, 8 << 20)), 16 << 20)
+        suited = min(max(host_memory // 32, min(host_memory // 8, 8 << 20)), 16 << 20)
         unit_size = max(suited, least // RING_DEPTH, host_memory // 256)
     elif unit_size < least // RING_DEPTH or unit_size > largest_unit:
         raise ConfigError(

@@ -245,7 +245,7 @@ def test_the_unit_size_that_is_chosen() -> None:
     parameters = [parameter(0, (20_000_000,), elementwise(torch.float32, torch.float32))]
     mib = 1 << 20
     for host_memory, unit_size in (
-        (16 * mib, 2 * mib), (100 * mib, 8 * mib), (200 * mib, 25 * mib // 2), (1 << 30, 16 * mib), (8 << 30, 32 * mib)
+        (16 * mib, 2 * mib), (100 * mib, 8 * mib), (400 * mib, 25 * mib // 2), (1 << 30, 16 * mib), (8 << 30, 32 * mib)
     ):  # fmt: skip
         units = plan_units(parameters, host_memory, None)
         check_plan(parameters, units, host_memory)
