@@ -19,7 +19,7 @@ from .checksums import Checksum
 from .codecs import EXACT, MASTER, REMAINDER, NativeCoding, bf16_gradient
 from .coding import in_memory_order, native_coding_of, rounding_keys
 from .inner import InnerOptimizer, step_below_hooks
-from .units import CodedRun, Piece, StateTensor, is_dense
+from .units import Piece, StateTensor, is_dense
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # As torch has them: where somebody has put another in place, that is to run.
@@ -60,19 +60,19 @@ class NativeAdam(NamedTuple):
 
     def takes(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
         """Whether ``prepare`` can do it: the piece has state, rounded by a codec, and all is as Adam makes it."""
-        tensors = {tensor.name: tensor for tensor in piece.tensors}
-        master = tensors.pop(MASTER, None)
-        is_coded = tuple(tensors) == _MOMENTS and any(tensor.codec != "exact" for tensor in tensors.values())
+        master = piece.master
+        moments = [tensor for tensor in piece.tensors if tensor is not master]
         return (
-            is_coded
-            and all(tensor.dtype == torch.float32 for tensor in tensors.values())
+            tuple(tensor.name for tensor in moments) == _MOMENTS
+            and any(tensor.codec != "exact" for tensor in moments)
+            and all(tensor.dtype == torch.float32 for tensor in moments)
             and piece.resident is not None
             and piece.resident.keys() == {"step"}
             and _is_scalar(piece.resident["step"])
             and piece.resident["step"].dtype == torch.float32
             and (parameter.dtype == torch.float32 if master is None else master.codec == REMAINDER)
             and _is_plain(parameter)
-            and is_dense(parameter.shape, parameter.stride())
+            and (parameter.is_contiguous() or is_dense(parameter.shape, parameter.stride()))
             and _is_plain(gradient)
             and gradient.dtype == parameter.dtype
         )
@@ -82,7 +82,8 @@ class NativeAdam(NamedTuple):
         assert piece.resident is not None
         numel = piece.stop - piece.start
         weight = parameter.data_ptr() + piece.start * parameter.element_size()
-        ordered = in_memory_order(gradient, parameter)
+        is_alike = gradient.shape == parameter.shape and gradient.stride() == parameter.stride()
+        ordered = gradient if is_alike else in_memory_order(gradient, parameter)
         given = ordered.data_ptr() + piece.start * ordered.element_size()
         is_bf16 = ordered.dtype == torch.bfloat16
         codings = {tensor.name: _coding(piece, tensor, weight) for tensor in piece.tensors}
@@ -122,7 +123,7 @@ def _coding(piece: Piece, tensor: StateTensor, weight: int) -> NativeCoding:
     """What is in the unit is given by where in it."""
     if tensor.codec == "exact":
         return NativeCoding(EXACT, piece.stop - piece.start, tensor.offset, 0, 0)
-    return native_coding_of(piece, CodedRun(tensor, tensor.stored), 0, 0, piece.start, weight)
+    return native_coding_of(piece, tensor.whole_run, 0, 0, piece.start, weight)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -88,6 +88,11 @@ class StateTensor:
         """What lies in the unit for it, from ``offset`` on: itself or, with a codec, flat tensors."""
         return (self,) if self.codec == "exact" else self._parts(0, self.numel)
 
+    @functools.cached_property
+    def whole_run(self) -> CodedRun:
+        """All of a tensor that has a codec; kept, since every step needs it."""
+        return CodedRun(self, self.stored)
+
     @property
     def end(self) -> int:
         """Where what is stored ends, in bytes from its unit's start."""
