@@ -17,7 +17,7 @@ import torch
 from . import _C
 from .checksums import Checksum
 from .codecs import EXACT, MASTER, REMAINDER, NativeCoding, bf16_gradient
-from .coding import in_memory_order, native_coding_of, rounding_keys
+from .coding import in_memory_order, is_laid_out_as, native_coding_of, rounding_keys
 from .inner import InnerOptimizer, step_below_hooks
 from .units import Piece, StateTensor, is_dense
 
@@ -78,12 +78,15 @@ class NativeAdam(NamedTuple):
         )
 
     def prepare(self, piece: Piece, parameter: torch.Tensor, gradient: torch.Tensor, step: int) -> NativeUpdate:
-        """The update of a piece that it ``takes``, in the optimizer's ``step``. It is to be run before the next."""
+        """The update of a piece that it ``takes``, in the optimizer's ``step``, to be run in that step.
+
+        Until then the parameter and the gradient are to stay where they are. A gradient that is laid out otherwise than
+        the parameter is copied.
+        """
         assert piece.resident is not None
         numel = piece.stop - piece.start
         weight = parameter.data_ptr() + piece.start * parameter.element_size()
-        is_alike = gradient.shape == parameter.shape and gradient.stride() == parameter.stride()
-        ordered = gradient if is_alike else in_memory_order(gradient, parameter)
+        ordered = gradient.detach() if is_laid_out_as(gradient, parameter) else in_memory_order(gradient, parameter)
         given = ordered.data_ptr() + piece.start * ordered.element_size()
         is_bf16 = ordered.dtype == torch.bfloat16
         codings = {tensor.name: _coding(piece, tensor, weight) for tensor in piece.tensors}
@@ -98,7 +101,8 @@ class NativeAdam(NamedTuple):
         exact = [(tensor.offset, tensor.nbytes) for tensor in piece.tensors if tensor.codec == "exact"]
         if not parameter.is_inference():
             torch.autograd.graph.increment_version(parameter)  # as any change in place does
-        return NativeUpdate(update, piece, exact, (ordered, steps_taken, piece.ties))
+        # Detached: memory may be taken from a tensor by assigning to .data, and is to be there until this has run.
+        return NativeUpdate(update, piece, exact, (parameter.detach(), ordered, steps_taken, piece.ties))
 
 
 class NativeUpdate(NamedTuple):
@@ -123,7 +127,7 @@ def _coding(piece: Piece, tensor: StateTensor, weight: int) -> NativeCoding:
     """What is in the unit is given by where in it."""
     if tensor.codec == "exact":
         return NativeCoding(EXACT, piece.stop - piece.start, tensor.offset, 0, 0)
-    return native_coding_of(piece, tensor.whole_run, 0, 0, piece.start, weight)
+    return native_coding_of(piece, piece.whole_runs[tensor.name], 0, 0, piece.start, weight)
 
 
 def _is_scalar(value: Any) -> bool:

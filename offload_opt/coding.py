@@ -104,6 +104,11 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return detached.as_strided((detached.numel(),), (1,), detached.storage_offset())
 
 
+def is_laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether both have the same elements in the same order of memory."""
+    return tensor.shape == like.shape and tensor.stride() == like.stride()
+
+
 def in_memory_order(tensor: torch.Tensor, like: torch.Tensor | StateTensor) -> torch.Tensor:
     """A tensor's elements in the order of the memory of ``like``, flat; a copy where it is laid out otherwise."""
     stride = like.stride if isinstance(like, StateTensor) else like.stride()

@@ -88,11 +88,6 @@ class StateTensor:
         """What lies in the unit for it, from ``offset`` on: itself or, with a codec, flat tensors."""
         return (self,) if self.codec == "exact" else self._parts(0, self.numel)
 
-    @functools.cached_property
-    def whole_run(self) -> CodedRun:
-        """All of a tensor that has a codec; kept, since every step needs it."""
-        return CodedRun(self, self.stored)
-
     @property
     def end(self) -> int:
         """Where what is stored ends, in bytes from its unit's start."""
@@ -234,6 +229,11 @@ class Piece:
         runs = [(tensor, tensor.stored if self.is_whole else tensor.run(first, last)) for tensor in self.tensors]
         exact = tuple(run[0] for tensor, run in runs if tensor.codec == "exact")
         return Chunk(begin, end, exact, tuple(CodedRun(*run) for run in runs if run[0].codec != "exact"))
+
+    @functools.cached_property
+    def whole_runs(self) -> dict[str, CodedRun]:
+        """All of each state tensor that has a codec, by its name; kept, since every step needs them."""
+        return {tensor.name: CodedRun(tensor, tensor.stored) for tensor in self.tensors if tensor.codec != "exact"}
 
     @functools.cached_property
     def master(self) -> StateTensor | None:

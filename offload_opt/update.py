@@ -19,7 +19,7 @@ import torch
 from .adam import NativeAdam, NativeUpdate
 from .checksums import Checksum
 from .codecs import MASTER, NativeCoding, bf16_gradient, decode, decode_native
-from .coding import coding_of, encode_run, flat, in_memory_order, native_coding_of, rounding_keys
+from .coding import coding_of, encode_run, flat, in_memory_order, is_laid_out_as, native_coding_of, rounding_keys
 from .errors import OffloadError
 from .heap import Heap
 from .inner import InnerOptimizer, settled
@@ -131,9 +131,14 @@ class _Batch(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """The pieces of a unit that are to be updated: those that the native loop takes, prepared, and the rest."""
+    """The pieces of a unit that are to be updated.
 
-    native: list[NativeUpdate]
+    ``native`` are the updates that the native loop takes, prepared; ``late`` the pieces that it takes, too, but whose
+    gradients must be copied: one at a time. The ``rest`` is the inner optimizer's.
+    """
+
+    native: deque[NativeUpdate]
+    late: list[Piece]
     rest: list[Piece]
 
 
@@ -174,8 +179,15 @@ class UnitUpdate:
     def update(self, unit: SwapUnit, data: torch.Tensor, checksum: Checksum | None) -> None:
         """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         ready = self._ready_for(unit)
-        for native in ready.native:
-            native.run(data.data_ptr(), checksum)
+        try:
+            while ready.native:  # each is given up when it is done, and all on an error: they hold gradients
+                ready.native.popleft().run(data.data_ptr(), checksum)
+        except BaseException:
+            ready.native.clear()
+            self._ready.clear()
+            raise
+        for piece in ready.late:
+            self._prepare_native(piece).run(data.data_ptr(), checksum)
         if ready.rest and unit.device.type == "cpu":
             with self._heap.watched(has_temporaries=self._has_temporaries):
                 self._update_by_inner(ready.rest, unit.device, data, checksum)
@@ -224,15 +236,13 @@ class UnitUpdate:
         Python takes up to ten times as long.
         """
         if unit not in self._ready:
-            lot = self._lots.get(unit, (unit,))
-            for each in lot:
-                self._lots.pop(each, None)
-                if each is unit or not self._copies_gradients(each):
-                    self._ready[each] = self._prepare(each)
+            for each in self._lots[unit]:
+                del self._lots[each]
+                self._ready[each] = self._prepare(each)
         return self._ready.pop(unit)
 
     def _prepare(self, unit: SwapUnit) -> _Ready:
-        ready = _Ready([], [])
+        ready = _Ready(deque(), [], [])
         for piece in unit.pieces:
             parameter = self._parameter(piece.key)
             gradient = parameter.grad
@@ -240,16 +250,19 @@ class UnitUpdate:
                 continue
             native = self._native[piece.key[0]] if unit.device.type == "cpu" else None
             is_listed_once = self._listed[piece.key[0]][id(parameter)] == 1
-            if native is not None and is_listed_once and native.takes(piece, parameter, gradient):
-                ready.native.append(native.prepare(piece, parameter, gradient, self._step))
-            else:
+            if native is None or not is_listed_once or not native.takes(piece, parameter, gradient):
                 ready.rest.append(piece)
+            elif is_laid_out_as(gradient, parameter):
+                ready.native.append(self._prepare_native(piece))
+            else:
+                ready.late.append(piece)
         return ready
 
-    def _copies_gradients(self, unit: SwapUnit) -> bool:
-        """Whether to prepare a unit takes memory for gradients that are laid out otherwise than their parameters."""
-        parameters = [self._parameter(piece.key) for piece in unit.pieces]
-        return any(p.grad is not None and p.grad.stride() != p.stride() for p in parameters)
+    def _prepare_native(self, piece: Piece) -> NativeUpdate:
+        native, parameter = self._native[piece.key[0]], self._parameter(piece.key)
+        assert native is not None
+        assert parameter.grad is not None
+        return native.prepare(piece, parameter, parameter.grad, self._step)
 
     def _update_by_inner(
         self, pieces: Sequence[Piece], device: torch.device, data: torch.Tensor, checksum: Checksum | None
@@ -269,7 +282,8 @@ class UnitUpdate:
         elements, enough = 0, self._inner.batch_elements(device)
         for piece in pieces:
             parameter = self._parameter(piece.key)
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                continue
             opened = self._open(piece, parameter, parameter.grad)
             for chunk in piece.chunks:
                 chunks.append(self._load(opened, chunk, data, start))

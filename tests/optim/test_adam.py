@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +175,59 @@ def test_gradients_may_be_laid_out_otherwise(
             for parameter in otherwise.parameters[5::7]:
                 parameter.grad = parameter.grad.t().contiguous().t()
         alike.optimizer.step()
+        updated.clear()
         otherwise.optimizer.step()
-    assert len(set(updated)) == len(shapes)
+    assert len(set(updated)) == len(shapes), "of the last step"
     alike.check_same(otherwise)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_it_does_not_depend_on_how_many_units_are_prepared_together(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three groups, one of which the native loop does not take, and with parameters that have no gradient."""
+    shapes = [(64, 129)] * 40
+    fields: dict[str, Any] = {"dtype": dtype, "shapes": shapes, "unit_size": "32KiB", "host_memory": "256KiB"}
+
+    def make(parameters: list[torch.nn.Parameter], **options: Any) -> O.AdamW:
+        groups = [{"params": parameters[start::3]} for start in range(3)]
+        return O.AdamW([{**groups[0], "amsgrad": True}, {**groups[1], "lr": 0.1}, groups[2]], **options)
+
+    runs = []
+    for lot in (1, 5, 16):
+        monkeypatch.setattr("offload_opt.update._LOT", lot)
+        run = Run(tmp_path / str(lot), make, **fields)
+        for number in range(6):
+            for index, parameter in enumerate(run.parameters):
+                gradient = torch.randn(parameter.shape, generator=run._random).to(dtype)
+                parameter.grad = None if number and (index + number) % 4 == 0 else gradient
+            run.optimizer.step()
+        runs.append(run)
+    for run in runs[1:]:
+        runs[0].check_same(run)
+
+
+def test_gradients_do_not_outlive_a_step_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is kept, and its traceback with it: those of 15 more units would be, too."""
+    run = Run(tmp_path / "run", shapes=[(64, 129)] * 24, unit_size="32KiB", host_memory="4MiB")
+    for _ in range(2):
+        run.step()
+    native_run, calls = NativeUpdate.run, []
+
+    def failing(self: NativeUpdate, *args: Any) -> None:
+        calls.append(self.piece.name)
+        if len(calls) == 3:
+            raise RuntimeError("an update fails")
+        native_run(self, *args)
+
+    monkeypatch.setattr(NativeUpdate, "run", failing)
+    with pytest.raises(RuntimeError, match="an update fails"):
+        run.step()
+    gradients = [weakref.ref(p.grad.untyped_storage()) for p in run.parameters if p.grad is not None]
+    run.optimizer.zero_grad()
+    gc.collect()
+    kept = sum(gradient() is not None for gradient in gradients)
+    assert kept <= 2, "that of the update that failed, and the last one, which a frame of this test's has"
 
 
 class OwnAdamW(O.AdamW):

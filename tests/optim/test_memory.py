@@ -80,6 +80,7 @@ def test_copies_of_gradients_are_not_made_ahead(tmp_path: Path) -> None:
         with offload_opt.OffloadOptimizer(adamw, sys.argv[1], **fields) as optimizer:
             for _ in range(2):
                 optimizer.step()
+            offload_opt.aio.trim_heap()  # of what the first steps have freed
             before = status("VmRSS")
             open("/proc/self/clear_refs", "w").write("5")
             optimizer.step()
