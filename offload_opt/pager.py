@@ -128,8 +128,8 @@ class ParameterPager:
                     self.entries[key].resident = dict(state)
             units = {unit for key in active if key in self.entries for unit, _ in self.entries[key].pieces}
             in_order = sorted(units, key=lambda unit: unit.index)
-            update.expect(in_order)
-            self._manager.walk(in_order, update.update)
+            with update.expecting(in_order):
+                self._manager.walk(in_order, update.update)
             update.finish(groups)
             self.epoch += 1
 

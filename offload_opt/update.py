@@ -7,11 +7,12 @@ cache and is used again for the next chunks; adam.py does it for Adam all at onc
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,22 +171,28 @@ class UnitUpdate:
         self._listed = [Counter(map(id, group["params"])) for group in groups]
         self._ties: list[torch.Tensor] = []  # of the piece that is under way
 
-    def expect(self, units: Sequence[SwapUnit]) -> None:
-        """These are going to be updated, up or down in their order: they may be prepared several at a time."""
+    @contextlib.contextmanager
+    def expecting(self, units: Sequence[SwapUnit]) -> Iterator[None]:
+        """These are updated here, up or down in their order: they may be prepared several at a time.
+
+        An error is kept, and its traceback with it, but what was prepared is given up: it holds gradients.
+        """
         for first in range(0, len(units), _LOT):
             lot = units[first : first + _LOT]
             self._lots.update(dict.fromkeys(lot, lot))
+        try:
+            yield
+        finally:
+            self._lots.clear()
+            for ready in self._ready.values():
+                ready.native.clear()
+            self._ready.clear()
 
     def update(self, unit: SwapUnit, data: torch.Tensor, checksum: Checksum | None) -> None:
-        """Update the parameters of a resident unit, whose bytes are ``data``; ``checksum`` is of what they become."""
+        """Update the parameters of an expected unit, whose bytes are ``data``; ``checksum`` is of what they become."""
         ready = self._ready_for(unit)
-        try:
-            while ready.native:  # each is given up when it is done, and all on an error: they hold gradients
-                ready.native.popleft().run(data.data_ptr(), checksum)
-        except BaseException:
-            ready.native.clear()
-            self._ready.clear()
-            raise
+        while ready.native:
+            ready.native.popleft().run(data.data_ptr(), checksum)
         for piece in ready.late:
             self._prepare_native(piece).run(data.data_ptr(), checksum)
         if ready.rest and unit.device.type == "cpu":
@@ -195,6 +202,7 @@ class UnitUpdate:
             work = data[: unit.nbytes].to(unit.device)
             self._update_by_inner(ready.rest, unit.device, work, None)
             data[: unit.nbytes].copy_(work)  # waits for the device
+        del self._ready[unit]
 
     def update_unpaged(
         self, states: Mapping[Key, dict[str, Any] | None], with_master: Collection[Key], busy: set[int]
@@ -239,7 +247,7 @@ class UnitUpdate:
             for each in self._lots[unit]:
                 del self._lots[each]
                 self._ready[each] = self._prepare(each)
-        return self._ready.pop(unit)
+        return self._ready[unit]
 
     def _prepare(self, unit: SwapUnit) -> _Ready:
         ready = _Ready(deque(), [], [])

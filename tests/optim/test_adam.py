@@ -13,6 +13,7 @@ from torch import optim as O
 
 from offload_opt import OffloadOptimizer
 from offload_opt.adam import NativeAdam, NativeUpdate
+from offload_opt.store import SwapStore
 from tests.conftest import seed
 from tests.optim.support import HOST_MEMORY, assert_same_state, bits_equal
 
@@ -207,21 +208,25 @@ def test_it_does_not_depend_on_how_many_units_are_prepared_together(
         runs[0].check_same(run)
 
 
-def test_gradients_do_not_outlive_a_step_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", [(NativeUpdate, "run"), (SwapStore, "write")], ids=["update", "write"])
+def test_gradients_do_not_outlive_a_step_that_failed(
+    failing: tuple[type, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error is kept, and its traceback with it: those of 15 more units would be, too."""
-    run = Run(tmp_path / "run", shapes=[(64, 129)] * 24, unit_size="32KiB", host_memory="4MiB")
+    run = Run(tmp_path / "run", shapes=[(64, 129)] * 24, unit_size="32KiB", host_memory="256KiB")
     for _ in range(2):
         run.step()
-    native_run, calls = NativeUpdate.run, []
+    call, calls = getattr(*failing), []
 
-    def failing(self: NativeUpdate, *args: Any) -> None:
-        calls.append(self.piece.name)
+    def third_fails(*args: Any) -> Any:
+        calls.append(args)
         if len(calls) == 3:
-            raise RuntimeError("an update fails")
-        native_run(self, *args)
+            calls.clear()  # they have gradients, too
+            raise RuntimeError("the third one fails")
+        return call(*args)
 
-    monkeypatch.setattr(NativeUpdate, "run", failing)
-    with pytest.raises(RuntimeError, match="an update fails"):
+    monkeypatch.setattr(*failing, third_fails)
+    with pytest.raises(RuntimeError, match="the third one fails"):
         run.step()
     gradients = [weakref.ref(p.grad.untyped_storage()) for p in run.parameters if p.grad is not None]
     run.optimizer.zero_grad()
