@@ -396,13 +396,18 @@ void settle_heap(std::size_t size) {
   void* volatile block = std::malloc(std::min(size, kLimit - kRounding));
   std::free(block);
   // Before glibc 2.39, memalign() frees what it cuts off for an alignment of 64, chunks of 32 to 112 bytes, into
-  // the thread's cache, where it is not joined to its neighbours; the hole that the tensor leaves then does not fit the
-  // next one. With that cache full they go where the next large block joins them.
+  // the thread's cache, where it is not joined to its neighbours: the hole that the tensor leaves then does not fit the
+  // next one, and something small that stays may come to lie there. So what is cached is taken out, and the cache is
+  // filled with other chunks (more than it keeps: some that malloc gives are of the next size); what is then freed, now
+  // or by memalign(), goes where the next large block joins it to its neighbours.
   constexpr std::size_t kHeader = 8, kSmallest = 32, kLargest = 112, kSpacing = 16, kCached = 7;
   for (std::size_t chunk = kSmallest; chunk <= kLargest; chunk += kSpacing) {
-    void* volatile blocks[kCached];
-    for (auto& each : blocks) each = std::malloc(chunk - kHeader);
-    for (auto& each : blocks) std::free(each);
+    void* volatile cached[kCached];
+    void* volatile others[2 * kCached];
+    for (auto& each : cached) each = std::malloc(chunk - kHeader);
+    for (auto& each : others) each = std::malloc(chunk - kHeader);
+    for (auto& each : others) std::free(each);
+    for (auto& each : cached) std::free(each);
   }
 #else
   (void)size;

@@ -49,6 +49,7 @@ class Heap:
         if self._grown > self._enough:
             trim_heap()
             self._grown = self._trimmed
+            self._after = _anonymous_bytes()  # what the trim freed is not to be taken off once more
 
 
 def _anonymous_bytes() -> int:

@@ -167,7 +167,7 @@ def test_an_interrupted_search_leaves_no_files(tmp_path: Path) -> None:
     script = """
 import sys
 from offload_opt.tuning import tune
-tune(sys.argv[1], seconds=60, progress=lambda part, text: print(text, flush=True))
+tune(sys.argv[1], seconds=3600, progress=lambda part, text: print(text, flush=True))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
