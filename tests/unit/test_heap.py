@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,19 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="t
 
 def test_what_a_trim_frees_is_not_taken_off_the_growth_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # As if freed between two updates: what grew in the next one did not count, and AdamW's peak was 8 MiB higher.
-    kept: list[bytearray] = []
+    kept: list[mmap.mmap] = []
     grown = []
+    contents = b"1" * (3 * MIB)
 
     def trim() -> None:
         grown.append(len(kept))
-        kept.clear()
+        while kept:
+            kept.pop().close()
 
     monkeypatch.setattr(heap, "trim_heap", trim)
     watched = heap.Heap(largest=MIB)
     for _ in range(12):
         with watched.watched(has_temporaries=False):
-            kept.append(bytearray(b"1") * (3 * MIB))  # mapped: freed memory goes back at once
+            kept.append(mmap.mmap(-1, len(contents), mmap.MAP_PRIVATE))
+            kept[-1].write(contents)
     assert grown == [4, 4, 4]  # 12 MiB: 8 above the 2 that the temporaries take

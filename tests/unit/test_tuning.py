@@ -165,9 +165,10 @@ def test_a_search_for_one_engine_names_it(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_an_interrupted_search_leaves_no_files(tmp_path: Path) -> None:
     script = """
-import sys
+import signal, sys
 from offload_opt.tuning import tune
-tune(sys.argv[1], seconds=3600, progress=lambda part, text: print(text, flush=True))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have made it ignored
+tune(sys.argv[1], seconds=60, progress=lambda part, text: print(text, flush=True))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
