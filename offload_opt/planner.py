@@ -1,6 +1,6 @@
 """The cost model: what paging a given state costs in bytes, seconds, memory and a drive's rated writes. Pure.
 
-    seconds of a step = longer + shorter / 4, of its bytes / the drive's bandwidth and the time of the update
+    seconds of a step = longer + 0.15 x shorter, of its bytes / the drive's bandwidth and the time of the update
 
 In a perfect overlap it would be the longer of the two. But drive and cores share the memory, so that each is slower
 while the other is busy, and the first and the last unit of a step overlap with nothing.
@@ -20,7 +20,7 @@ from .units import SwapUnit
 
 _DAY = 86400
 """Seconds."""
-_DISTURBANCE = 0.25
+_DISTURBANCE = 0.15
 """What the shorter of drive and update adds to the longer, as a share of itself: found by benchmarks/plan.py, on a
 virtual machine of 2 cores. Where a GPU updates, or memory is faster, it is less."""
 _WRITE_BUFFERS = 4
